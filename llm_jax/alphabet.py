@@ -1,0 +1,52 @@
+"""The one alphabet: what each letter of a shape means and which mesh axes it is sharded over. Plain data, no jax.
+
+A accumulation step   B batch row      U token of a stored row (T + 1)   T query position   S key position
+D model width         F feed-forward   H query head                      K kv head          G query heads of one kv head
+C head channel        V vocabulary     L layer
+"""
+
+from collections.abc import Mapping
+
+from llm_jax.config import ConfigError
+
+MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
+
+WEIGHT_AXES: Mapping[str, str] = {"D": "fsdp", "F": "tensor", "H": "tensor", "K": "tensor", "V": "tensor"}
+
+ACT_AXES: Mapping[str, str | tuple[str, ...]] = {
+    "B": ("data", "fsdp", "expert"),
+    "T": "context",
+    "F": "tensor",
+    "H": "tensor",
+    "K": "tensor",
+    "V": "tensor",
+}
+
+# Rows of the embedding are padded to a multiple of this, whatever the mesh, so that checkpoints fit every mesh.
+VOCAB_MULTIPLE = 128
+
+
+def weight_axes(letters: str) -> tuple[str | None, ...]:
+    """The mesh axis of each letter of a weight; vectors are replicated, since their gather costs more than they do."""
+    return tuple(WEIGHT_AXES.get(a) for a in letters) if len(letters) > 1 else (None,) * len(letters)
+
+
+def act_axes(letters: str) -> tuple[str | tuple[str, ...] | None, ...]:
+    """The mesh axes of each letter of an activation."""
+    return tuple(ACT_AXES.get(a) for a in letters)
+
+
+def check_divisible(sizes: Mapping[str, tuple[str, int]], mesh: Mapping[str, int], axes: Mapping) -> None:
+    """Raises ConfigError for the first letter whose size its mesh axes do not divide.
+
+    sizes: letter -> (the field's path, its value); mesh: axis -> size; axes: WEIGHT_AXES or ACT_AXES.
+    """
+    for letter, (path, size) in sizes.items():
+        names = axes.get(letter, ())
+        for_letter = (names,) if isinstance(names, str) else names
+        parts = 1
+        for name in for_letter:
+            parts *= mesh[name]
+        if size % parts:
+            over = " * ".join(f"mesh.{name}" for name in for_letter if mesh[name] > 1)
+            raise ConfigError(f"{path} = {size} is not divisible by {over} = {parts}")

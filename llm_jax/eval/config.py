@@ -1,0 +1,20 @@
+"""The evaluation's section of a run."""
+
+from typing import Annotated
+
+from annotated_types import Ge
+
+from llm_jax.config import Config
+
+
+class EvalConfig(Config):
+    """Looking at held-out text during training, and scoring it afterwards."""
+
+    every: Annotated[int, Ge(0)] = 0
+    """Evaluate on validation rows after every so many updates; 0 is off."""
+    rows: Annotated[int, Ge(1)] = 128
+    """Validation rows looked at each time (the first so many, always the same)."""
+    batch_rows: Annotated[int, Ge(1)] = 16
+    """Rows of one forward pass of an evaluation."""
+    stride: Annotated[int, Ge(1)] | None = None
+    """Tokens by which `llm-jax eval`'s windows move on; null is half of data.seq_len."""
