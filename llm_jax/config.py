@@ -2,9 +2,13 @@
 
 import pydantic
 
+from llm_jax.exit_codes import USAGE, Failure
 
-class ConfigError(ValueError):
-    """A mistake of the user's, told in one line: the path, the value and the fix."""
+
+class ConfigError(Failure, ValueError):
+    """Mistakes of the user's, each told in one line: the path, the value and the fix."""
+
+    exit_code = USAGE
 
 
 class Config(pydantic.BaseModel):
