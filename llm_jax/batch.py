@@ -1,0 +1,43 @@
+"""A batch on the device: rows of tokens become inputs, targets, weights, segments and positions inside the step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from llm_jax.data.config import BOS_ID
+from llm_jax.mesh import acts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a model reads and is asked; int32, weights float32; all T letters may be sharded over context.
+
+    In the step every field has a leading A, the microbatches.
+    """
+
+    tokens_BT: Array
+    segments_BT: Array
+    positions_BT: Array
+    targets_BT: Array
+    weights_BT: Array
+
+
+def documents(rows_BU: Array) -> tuple[Array, Array]:
+    """Segment number and position inside the document of each token of a row; a document starts at BOS.
+
+    rows_BU: int32 [..., U], whole rows (U not sharded); returns two arrays of its shape.
+    """
+    axis = rows_BU.ndim - 1
+    starts_BU = rows_BU == BOS_ID
+    index_BU = jax.lax.broadcasted_iota(jnp.int32, rows_BU.shape, axis, out_sharding=jax.typeof(rows_BU).sharding)
+    segments_BU = jnp.cumsum(starts_BU.astype(jnp.int32), axis)
+    first_BU = jax.lax.cummax(jnp.where(starts_BU, index_BU, 0), axis)
+    return segments_BU, index_BU - first_BU
+
+
+def place(array_ABT: Array) -> Array:
+    """Puts [A, B, T] where the model wants it; only a local slice, since rows arrive whole on every context rank."""
+    return jax.reshard(array_ABT, acts("ABT"))

@@ -1,0 +1,88 @@
+"""Attention backends behind one signature; all give the same numbers, they differ in memory and speed."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from llm_jax.mesh import acts
+from llm_jax.model.config import ModelConfig
+
+MASKED = -1e30
+
+
+def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:
+    """The config with `attention` settled for a platform (cpu, gpu, tpu); done once, at start, and printed."""
+    if cfg.attention != "auto":
+        return cfg
+    return cfg.model_copy(update={"attention": "chunked" if platform == "cpu" else "xla"})
+
+
+def attention(
+    q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, segments_BT: Array, segments_BS: Array, *, causal: bool, backend: str
+) -> Array:
+    """Scaled dot-product attention inside segments; H query heads share K key heads in groups of H / K.
+
+    T may be sharded over context, S is whole. Returns o_BTHC in q's type; scores and softmax are float32.
+    """
+    match backend:
+        case "xla":
+            return _xla(q_BTHC, k_BSKC, v_BSKC, segments_BT, segments_BS, causal)
+        case "chunked":
+            return _chunked(q_BTHC, k_BSKC, v_BSKC, segments_BT, segments_BS, causal)
+    raise AssertionError(f"attention backend {backend!r} was not resolved")
+
+
+def _xla(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, segments_BT: Array, segments_BS: Array, causal: bool) -> Array:
+    """The reference: every score at once."""
+    T, S = q_BTHC.shape[1], k_BSKC.shape[1]
+    visible_BTS = segments_BT[:, :, None] == segments_BS[:, None, :]
+    if causal:
+        t_TS = jax.lax.broadcasted_iota(jnp.int32, (T, S), 0, out_sharding=acts("TS"))
+        s_TS = jax.lax.broadcasted_iota(jnp.int32, (T, S), 1, out_sharding=acts("TS"))
+        visible_BTS &= (s_TS <= t_TS)[None]
+    return _dense(q_BTHC, k_BSKC, v_BSKC, visible_BTS)
+
+
+def _dense(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, visible_BTS: Array) -> Array:
+    B, T, H, C = q_BTHC.shape
+    K = k_BSKC.shape[2]
+    q_BTKGC = (q_BTHC * (1 / math.sqrt(C))).reshape(B, T, K, H // K, C)
+    scores_BKGTS = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32)
+    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, MASKED)
+    shares_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKC.dtype)
+    return jnp.einsum("BKGTS,BSKC->BTKGC", shares_BKGTS, v_BSKC).reshape(B, T, H, C)
+
+
+def _chunked(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, segments_BT: Array, segments_BS: Array, causal: bool) -> Array:
+    """Blocks of queries, each against only the keys it can see; memory is O(T * block), not O(T * S)."""
+    arguments = (q_BTHC, k_BSKC, v_BSKC, segments_BT, segments_BS)
+    specs = tuple(acts(letters) for letters in ("BTHC", "BSKC", "BSKC", "BT", "BS"))
+
+    def blocks(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, segments_BT: Array, segments_BS: Array) -> Array:
+        T, S = q_BTHC.shape[1], k_BSKC.shape[1]
+        block = _block_length(T)
+        first = jax.lax.axis_index("context") * T
+        one = jax.checkpoint(_dense) if T > 4 * block else _dense
+        outputs = []
+        for start in range(0, T, block):
+            # Under context parallelism a rank's first query is not known at compile time: it looks at all keys.
+            end = start + block if causal and T == S else S
+            visible_BTS = segments_BT[:, start : start + block, None] == segments_BS[:, None, :end]
+            if causal:
+                t_T = first + start + jnp.arange(block)
+                visible_BTS &= (jnp.arange(end)[None, :] <= t_T[:, None])[None]
+            q = q_BTHC[:, start : start + block]
+            outputs.append(one(q, k_BSKC[:, :end], v_BSKC[:, :end], visible_BTS))
+        return jnp.concatenate(outputs, axis=1)
+
+    return jax.shard_map(blocks, in_specs=specs, out_specs=acts("BTHC"))(*arguments)
+
+
+def _block_length(T: int) -> int:
+    """A quarter of the row, between 64 and 512, that divides it; the row itself where nothing does."""
+    for block in range(min(max(64, T // 4), 512, T), 31, -1):
+        if T % block == 0:
+            return block
+    return T

@@ -1,0 +1,122 @@
+"""A layer: attention and an MLP, each behind a norm, added to the residual stream."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+
+from llm_jax.mesh import acts
+from llm_jax.model.attention import attention
+from llm_jax.model.config import ModelConfig
+from llm_jax.model.weights import Weight, matrix, scale_vector, use
+
+
+def rms_norm(x_BTD: Array, scale: Weight, eps: float) -> Array:
+    """RMSNorm over the last axis in float32 (Zhang and Sennrich 2019), returned in x's type."""
+    x32_BTD = x_BTD.astype(jnp.float32)
+    mean_BT1 = jnp.mean(jnp.square(x32_BTD), axis=-1, keepdims=True)
+    scale_D = jnp.expand_dims(scale[...], range(x_BTD.ndim - 1))
+    return (x32_BTD * jax.lax.rsqrt(mean_BT1 + eps) * scale_D).astype(x_BTD.dtype)
+
+
+def rotate(x_BTHC: Array, positions_BT: Array, theta: float) -> Array:
+    """Rotary positions (Su et al. 2021): channel c and c + C/2 turn by position * theta ** (-2c / C)."""
+    half = x_BTHC.shape[-1] // 2
+    frequency_C = jnp.asarray([theta ** (-c / half) for c in range(half)], jnp.float32)
+    angle_BT1C = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_C[None, None, None]
+    cos, sin = jnp.cos(angle_BT1C), jnp.sin(angle_BT1C)
+    a, b = x_BTHC[..., :half].astype(jnp.float32), x_BTHC[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
+
+
+def residual_scale(cfg: ModelConfig) -> float:
+    """Two additions a layer: their sum keeps its variance at any depth (GPT-2, Radford et al. 2019)."""
+    return 1 / math.sqrt(2 * cfg.n_layers)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions and optional query and key norms."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.q = matrix("DHC", cfg, rngs, fan_in="D")
+        self.k = matrix("DKC", cfg, rngs, fan_in="D")
+        self.v = matrix("DKC", cfg, rngs, fan_in="D")
+        self.o = matrix("HCD", cfg, rngs, fan_in="HC", scale=residual_scale(cfg))
+        if cfg.qk_norm:
+            self.q_norm = scale_vector("C", cfg)
+            self.k_norm = scale_vector("C", cfg)
+
+    def __call__(
+        self, x_BTD: Array, segments_BT: Array, positions_BT: Array, cfg: ModelConfig, *, causal: bool
+    ) -> Array:
+        q_BTHC = jnp.einsum("BTD,DHC->BTHC", x_BTD, use(self.q, cfg))
+        k_BTKC = jnp.einsum("BTD,DKC->BTKC", x_BTD, use(self.k, cfg))
+        v_BTKC = jnp.einsum("BTD,DKC->BTKC", x_BTD, use(self.v, cfg))
+        if cfg.qk_norm:
+            q_BTHC = rms_norm(q_BTHC, self.q_norm, cfg.norm_eps)
+            k_BTKC = rms_norm(k_BTKC, self.k_norm, cfg.norm_eps)
+        q_BTHC = checkpoint_name(rotate(q_BTHC, positions_BT, cfg.rope_theta), "q")
+        k_BTKC = checkpoint_name(rotate(k_BTKC, positions_BT, cfg.rope_theta), "k")
+        v_BTKC = checkpoint_name(v_BTKC, "v")
+        # Keys and values of the whole row on every context rank: the one all-gather of context parallelism.
+        k_BSKC, v_BSKC = jax.reshard((k_BTKC, v_BTKC), acts("BSKC"))
+        segments_BS = jax.reshard(segments_BT, acts("BS"))
+        o_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, segments_BT, segments_BS, causal=causal, backend=cfg.attention)
+        o_BTD = jnp.einsum("BTHC,HCD->BTD", o_BTHC, use(self.o, cfg), out_sharding=acts("BTD"))
+        return checkpoint_name(o_BTD, "attention_out")
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (Shazeer 2020) or a plain GELU MLP."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        if cfg.mlp == "swiglu":
+            self.gate = matrix("DF", cfg, rngs, fan_in="D")
+        self.up = matrix("DF", cfg, rngs, fan_in="D")
+        self.down = matrix("FD", cfg, rngs, fan_in="F", scale=residual_scale(cfg))
+
+    def __call__(self, x_BTD: Array, cfg: ModelConfig) -> Array:
+        up_BTF = checkpoint_name(jnp.einsum("BTD,DF->BTF", x_BTD, use(self.up, cfg)), "mlp_up")
+        match cfg.mlp:
+            case "swiglu":
+                gate_BTF = checkpoint_name(jnp.einsum("BTD,DF->BTF", x_BTD, use(self.gate, cfg)), "mlp_gate")
+                hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
+            case "gelu":
+                hidden_BTF = jax.nn.gelu(up_BTF)
+        out_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, use(self.down, cfg), out_sharding=acts("BTD"))
+        return checkpoint_name(out_BTD, "mlp_out")
+
+
+class Block(nnx.Module):
+    """One pre-norm layer."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.attention_norm = scale_vector("D", cfg)
+        self.attention = Attention(cfg, rngs)
+        self.mlp_norm = scale_vector("D", cfg)
+        self.mlp = Mlp(cfg, rngs)
+
+    def __call__(
+        self, x_BTD: Array, segments_BT: Array, positions_BT: Array, cfg: ModelConfig, *, causal: bool
+    ) -> Array:
+        normed_BTD = rms_norm(x_BTD, self.attention_norm, cfg.norm_eps)
+        x_BTD += self.attention(normed_BTD, segments_BT, positions_BT, cfg, causal=causal)
+        return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm, cfg.norm_eps), cfg)
+
+
+def rematerialised(body: Callable, cfg: ModelConfig) -> Callable:
+    """The layer's function under the named policy: what the backward pass recomputes."""
+    policies = jax.checkpoint_policies
+    match cfg.remat:
+        case "none":
+            return body
+        case "full":
+            return jax.checkpoint(body, prevent_cse=False)
+        case "dots":
+            return jax.checkpoint(body, prevent_cse=False, policy=policies.dots_with_no_batch_dims_saveable)
+        case names:
+            return jax.checkpoint(body, prevent_cse=False, policy=policies.save_only_these_names(*names))

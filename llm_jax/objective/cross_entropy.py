@@ -1,0 +1,167 @@
+"""Cross-entropy against a vocabulary that may be sharded: sums, never means, and no [tokens, V] array kept."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, P
+
+from llm_jax.alphabet import ACT_AXES
+from llm_jax.mesh import acts
+from llm_jax.model.config import ModelConfig
+from llm_jax.model.transformer import soft_cap
+
+# Logits of one chunk: about so many numbers on a device. Larger gains nothing on a CPU and costs memory everywhere.
+CHUNK_LOGITS = 2**23
+
+_TOKEN_AXES = (*ACT_AXES["B"], "context")
+
+
+class Sums(NamedTuple):
+    """Sums over weighted tokens, float32 scalars: nats, squared log-normalisers, and right first guesses."""
+
+    nll: Array
+    z_squared: Array
+    correct: Array
+
+
+def cross_entropy_sums(
+    x_BTD: Array, head_VD: Array, targets_BT: Array, weights_BT: Array, cfg: ModelConfig, z_loss: float
+) -> tuple[Array, Sums]:
+    """The sum over tokens of weight * (nll + z_loss * log_normaliser**2), and its parts without a gradient.
+
+    Loss and gradient are made together, chunk by chunk of tokens; the gradient flows to x_BTD and head_VD.
+    """
+    return _fused(x_BTD, head_VD, targets_BT, weights_BT, cfg, z_loss)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _fused(
+    x_BTD: Array, head_VD: Array, targets_BT: Array, weights_BT: Array, cfg: ModelConfig, z_loss: float
+) -> tuple[Array, Sums]:
+    (total, sums), _ = _fused_forward(x_BTD, head_VD, targets_BT, weights_BT, cfg, z_loss, with_gradient=False)
+    return total, sums
+
+
+def _fused_forward(
+    x_BTD: Array,
+    head_VD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    cfg: ModelConfig,
+    z_loss: float,
+    with_gradient: bool = True,
+) -> tuple[tuple[Array, Sums], tuple[Array, Array] | None]:
+    """Inside the wall each device has its own tokens and its own part of the vocabulary."""
+
+    def local(x_BTD: Array, head_VD: Array, targets_BT: Array, weights_BT: Array):
+        D = x_BTD.shape[-1]
+        n = targets_BT.size
+        chunks = _chunk_count(n, head_VD.shape[0])
+        x_QND = x_BTD.reshape(chunks, n // chunks, D)
+        targets_QN, weights_QN = (a.reshape(chunks, n // chunks) for a in (targets_BT, weights_BT))
+
+        def one_chunk(dhead_VD: Array, chunk: tuple[Array, Array, Array]):
+            x_ND, targets_N, weights_N = chunk
+            logits_NV, slope_NV = _local_logits(x_ND, head_VD, cfg)
+            log_z_N, hit_NV, picked_N, correct_N = _vocabulary_sums(logits_NV, targets_N)
+            nll_N = log_z_N - picked_N
+            sums = jnp.stack(
+                [
+                    jnp.sum(weights_N * nll_N),
+                    jnp.sum(weights_N * jnp.square(log_z_N)),
+                    jnp.sum(weights_N * correct_N),
+                ]
+            )
+            if not with_gradient:
+                return dhead_VD, (sums, jnp.zeros((), x_ND.dtype))
+            share_NV = jnp.exp(logits_NV - log_z_N[:, None]) * (1 + 2 * z_loss * log_z_N)[:, None]
+            dlogits_NV = (share_NV - hit_NV) * weights_N[:, None] * slope_NV
+            dlogits_NV = dlogits_NV.astype(x_ND.dtype)
+            dx_ND = jax.lax.psum(dlogits_NV @ head_VD, "tensor")
+            dhead_VD += jnp.einsum("NV,ND->VD", dlogits_NV, x_ND, preferred_element_type=jnp.float32)
+            return dhead_VD, (sums, dx_ND)
+
+        zeros_VD = jnp.zeros(head_VD.shape, jnp.float32)
+        dhead_VD, (sums, dx_QND) = jax.lax.scan(one_chunk, zeros_VD, (x_QND, targets_QN, weights_QN))
+        sums = jax.lax.psum(jnp.sum(sums, axis=0), _TOKEN_AXES)
+        if not with_gradient:
+            return sums, None
+        dhead_VD = jax.lax.psum(dhead_VD, _TOKEN_AXES).astype(head_VD.dtype)
+        return sums, (dx_QND.reshape(x_BTD.shape), dhead_VD)
+
+    specs = (acts("BTD"), P("tensor", None), acts("BT"), acts("BT"))
+    out_specs = (P(), (acts("BTD"), P("tensor", None)) if with_gradient else None)
+    wall = jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)
+    sums, gradients = wall(x_BTD, head_VD, targets_BT, weights_BT)
+    parts = Sums(sums[0], sums[1], sums[2])
+    return (parts.nll + z_loss * parts.z_squared, parts), gradients
+
+
+def _fused_backward(cfg: ModelConfig, z_loss: float, gradients: tuple[Array, Array], cotangents: tuple[Array, Sums]):
+    dx_BTD, dhead_VD = gradients
+    scale = cotangents[0]
+    return dx_BTD * scale.astype(dx_BTD.dtype), dhead_VD * scale.astype(dhead_VD.dtype), None, None
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def token_scores(x_BTD: Array, head_VD: Array, targets_BT: Array, cfg: ModelConfig) -> tuple[Array, Array]:
+    """Negative log-likelihood in nats and whether the target is the first guess, both float32 [B, T]; for evaluation."""
+
+    def local(x_BTD: Array, head_VD: Array, targets_BT: Array) -> tuple[Array, Array]:
+        n = targets_BT.size
+        chunks = _chunk_count(n, head_VD.shape[0])
+
+        def one_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+            x_ND, targets_N = chunk
+            logits_NV, _ = _local_logits(x_ND, head_VD, cfg)
+            log_z_N, _, picked_N, correct_N = _vocabulary_sums(logits_NV, targets_N)
+            return log_z_N - picked_N, correct_N
+
+        chunked = (x_BTD.reshape(chunks, n // chunks, -1), targets_BT.reshape(chunks, n // chunks))
+        nll_QN, correct_QN = jax.lax.map(one_chunk, chunked)
+        return nll_QN.reshape(targets_BT.shape), correct_QN.reshape(targets_BT.shape)
+
+    specs = (acts("BTD"), P("tensor", None), acts("BT"))
+    wall = jax.shard_map(local, in_specs=specs, out_specs=(acts("BT"), acts("BT")), check_vma=False)
+    return wall(x_BTD, head_VD, targets_BT)
+
+
+def _local_logits(x_ND: Array, head_VD: Array, cfg: ModelConfig) -> tuple[Array, Array]:
+    """Float32 logits of this device's part of the vocabulary, padding masked, and their slope under the soft cap."""
+    logits_NV = jnp.einsum("ND,VD->NV", x_ND, head_VD, preferred_element_type=jnp.float32)
+    slope_NV = jnp.ones((1, 1), jnp.float32)
+    if cfg.logit_soft_cap is not None:
+        logits_NV = soft_cap(logits_NV, cfg.logit_soft_cap)
+        slope_NV = 1 - jnp.square(logits_NV / cfg.logit_soft_cap)
+    if cfg.padded_vocab_size > cfg.vocab_size:
+        V = head_VD.shape[0]
+        vocabulary_V = jax.lax.axis_index("tensor") * V + jnp.arange(V)
+        logits_NV = jnp.where((vocabulary_V < cfg.vocab_size)[None], logits_NV, -1e30)
+    return logits_NV, slope_NV
+
+
+def _vocabulary_sums(logits_NV: Array, targets_N: Array) -> tuple[Array, Array, Array, Array]:
+    """log_z_N, the targets' one-hot hit_NV, the target's logit picked_N, and correct_N; summed over the vocabulary's parts."""
+    V = logits_NV.shape[1]
+    first = jax.lax.axis_index("tensor") * V
+    top_N = jnp.max(logits_NV, axis=1)
+    highest_N = jax.lax.pmax(top_N, "tensor")
+    z_N = jax.lax.psum(jnp.sum(jnp.exp(logits_NV - highest_N[:, None]), axis=1), "tensor")
+    hit_NV = (first + jnp.arange(V))[None] == targets_N[:, None]
+    picked_N = jax.lax.psum(jnp.sum(jnp.where(hit_NV, logits_NV, 0.0), axis=1), "tensor")
+    # The first guess is the lowest id among the highest logits, on every mesh.
+    guess_N = jnp.where(top_N == highest_N, first + jnp.argmax(logits_NV, axis=1), jnp.iinfo(jnp.int32).max)
+    correct_N = (jax.lax.pmin(guess_N, "tensor") == targets_N).astype(jnp.float32)
+    return jnp.log(z_N) + highest_N, hit_NV, picked_N, correct_N
+
+
+def _chunk_count(n_tokens: int, n_vocabulary: int) -> int:
+    """The smallest divisor of n_tokens that keeps a chunk's logits under CHUNK_LOGITS."""
+    for chunks in range(max(1, n_tokens * n_vocabulary // CHUNK_LOGITS), n_tokens):
+        if n_tokens % chunks == 0:
+            return chunks
+    return n_tokens

@@ -1,0 +1,56 @@
+"""The training state: one tree, born sharded, and the form in which a checkpoint names its parts."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from llm_jax.model.config import ModelConfig
+from llm_jax.model.transformer import Transformer
+from llm_jax.optim.config import OptimConfig
+from llm_jax.optim.optimizer import transform
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """step: updates made (skipped ones too); batch_index: the next batch; skipped: non-finite updates so far; int32."""
+
+    step: Array
+    batch_index: Array
+    skipped: Array
+    params: nnx.State
+    opt_state: Any
+
+
+def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's structure, and its parameters as shapes with shardings; needs a mesh, allocates nothing."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(lambda key: nnx.split(Transformer(cfg, nnx.Rngs(params=key))), key)
+
+
+def init_state(cfg: ModelConfig, optim: OptimConfig, seed: int) -> TrainState:
+    """The state before the first update, born sharded; the same weights on every mesh. Call it inside jit or eval_shape."""
+    _, params = nnx.split(Transformer(cfg, nnx.Rngs(params=jax.random.key(seed))))
+    return with_params(params, optim)
+
+
+def with_params(params: nnx.State, optim: OptimConfig) -> TrainState:
+    """A state at step 0 that starts from given weights."""
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, zero, params, transform(optim, params).init(params))
+
+
+def abstract_state(cfg: ModelConfig, optim: OptimConfig) -> TrainState:
+    """init_state's result as shapes with shardings; needs a mesh, allocates nothing."""
+    return jax.eval_shape(lambda: init_state(cfg, optim, 0))
+
+
+def sharded_update(tx: optax.GradientTransformation, state: TrainState) -> Any:
+    """tx.update on any mesh: some optax transforms know no explicit axes, so they run under automatic ones."""
+    placement = jax.tree.map(lambda x: jax.typeof(x).sharding, (state.params, state.opt_state))
+    return jax.sharding.auto_axes(tx.update, out_sharding=placement)
