@@ -1,15 +1,28 @@
 """What an exit code says to people and launchers, and the failures that are told in one line. Imports no jax."""
 
-DONE = 0  # the work is finished
-UNEXPECTED = 1  # a defect; a traceback was printed
-USAGE = 2  # the command line or the config is wrong
-NO = 3  # the answer is no: the plan does not fit, the run cannot start as asked
-DATA = 65  # the data cannot be used
-NON_FINITE = 70  # the loss is not finite, and the run gave up
-CHECKPOINT = 74  # a checkpoint or the disk failed
-AGAIN = 75  # saved on request: run the same command again
-STALLED = 76  # no progress: restart
-INTERRUPTED = 130  # Ctrl-C
+DONE = 0
+UNEXPECTED = 1
+USAGE = 2
+NO = 3
+DATA = 65
+NON_FINITE = 70
+CHECKPOINT = 74
+AGAIN = 75
+STALLED = 76
+INTERRUPTED = 130
+
+MEANINGS = {
+    DONE: "done",
+    UNEXPECTED: "unexpected: a traceback was printed",
+    USAGE: "the command line or the config is wrong",
+    NO: "the answer is no: the plan does not fit, the run cannot start as asked",
+    DATA: "the data cannot be used",
+    NON_FINITE: "the loss is not finite, given up",
+    CHECKPOINT: "a checkpoint or the disk failed",
+    AGAIN: "saved on request: run the same command again",
+    STALLED: "no progress: restart",
+    INTERRUPTED: "interrupted by Ctrl-C",
+}
 
 
 class Failure(Exception):

@@ -4,12 +4,14 @@ Imports no jax: `llm-jax config` answers without it.
 """
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 from annotated_types import Ge, Lt, MinLen
 
 from llm_jax import alphabet
-from llm_jax.config import Config, ConfigError
+from llm_jax.config import Config, ConfigError, load, override
 from llm_jax.data import config as data_config
 from llm_jax.data.config import DataConfig, TokenizerConfig
 from llm_jax.eval.config import EvalConfig
@@ -19,7 +21,17 @@ from llm_jax.optim.config import AdamWConfig, OptimConfig
 from llm_jax.train.config import CheckpointConfig, LoggingConfig, MeshConfig, TrainConfig
 
 # What may differ when a run goes on; everything else shapes the loss curve.
-FREE_TO_CHANGE = ("run_dir", "name", "mesh", "checkpoint", "eval", "logging", "data.prefetch", "data.dir", "train.accumulation")
+FREE_TO_CHANGE = (
+    "run_dir",
+    "name",
+    "mesh",
+    "checkpoint",
+    "eval",
+    "logging",
+    "data.prefetch",
+    "data.dir",
+    "train.accumulation",
+)
 
 
 class Run(Config):
@@ -58,6 +70,13 @@ class Run(Config):
         return self.train.batch_rows * self.data.seq_len
 
 
+def from_command_line(path: str | Path, overrides: Sequence[str]) -> Run:
+    """The run of a config file with its path=value overrides, checked. Raises ConfigError, a line for each mistake."""
+    run = override(load(path, Run), overrides)
+    check(run)
+    return run
+
+
 def check(run: Run) -> None:
     """Raises ConfigError where sections contradict each other; needs no device."""
     run.model.check()
@@ -84,7 +103,9 @@ def mesh_sizes(mesh: MeshConfig, n_devices: int) -> dict[str, int]:
                 raise ConfigError(f"mesh.{axis} = -1: {n_devices} devices are not divisible by the other axes' {known}")
             sizes[axis] = n_devices // known
     if math.prod(sizes.values()) > n_devices:
-        raise ConfigError(f"mesh needs {math.prod(sizes.values())} devices ({_product(sizes)}), and there are {n_devices}")
+        raise ConfigError(
+            f"mesh needs {math.prod(sizes.values())} devices ({_product(sizes)}), and there are {n_devices}"
+        )
     return sizes
 
 

@@ -1,0 +1,81 @@
+"""The verbs: `llm-jax VERB ...`. Each is imported when it is called, so that what needs no jax does not wait for it."""
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from llm_jax.config import ConfigError
+from llm_jax.exit_codes import DONE, INTERRUPTED, MEANINGS, UNEXPECTED, USAGE, Failure
+
+VERBS = {
+    "config": "show a run: every field, its value, what it accepts, and its help",
+}
+
+HELP = f"""\
+usage: llm-jax VERB ...        (python -m llm_jax is the same)
+
+Pre-train language models. A run is a config file, and path=value changes it.
+
+verbs:
+{chr(10).join(f"  {verb:<10} {what}" for verb, what in VERBS.items())}
+
+examples:
+  llm-jax config configs/quickstart.py
+  llm-jax config configs/quickstart.py model.n_layers=6 optim.lr=2e-3
+
+llm-jax VERB --help shows a verb's arguments.
+
+exit codes:
+{chr(10).join(f"  {code:<10} {meaning}" for code, meaning in MEANINGS.items())}
+"""
+
+
+def run_verb(argv: Sequence[str]) -> int:
+    """The exit code of the verb that argv begins with. Raises ConfigError for an unknown one."""
+    verb, *rest = argv
+    match verb:
+        case "config":
+            from llm_jax import show_config
+
+            return show_config.main(rest)
+    close = difflib.get_close_matches(verb, VERBS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"the verbs are {', '.join(VERBS)}"
+    raise ConfigError(f"llm-jax {verb}: no such verb; {hint}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb and returns its exit code; failures are told on stderr, in a line where they were foreseen."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return DONE
+    if not argv:
+        print(HELP, end="", file=sys.stderr)
+        return USAGE
+    try:
+        return run_verb(argv)
+    except Failure as failure:
+        print(failure, file=sys.stderr)
+        return _leave(failure.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _leave(INTERRUPTED)
+    except Exception:  # noqa: BLE001  the last one to hear of it
+        traceback.print_exc()
+        return _leave(UNEXPECTED)
+
+
+def _leave(exit_code: int) -> int:
+    """The exit code; of several processes, this one is gone at once, since its peers would wait five minutes for it."""
+    jax = sys.modules.get("jax")  # what has not been imported is not running
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
