@@ -39,6 +39,12 @@ class Transformer(nnx.Module):
         return use(self.embed if cfg.tied_embeddings else self.unembed, cfg)
 
 
+def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's structure, and its parameters as shapes with shardings; needs a mesh, allocates nothing."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(lambda key: nnx.split(Transformer(cfg, nnx.Rngs(params=key))), key)
+
+
 def look_up(table: Weight, tokens_BT: Array) -> Array:
     """Rows of a table that is sharded over its vocabulary; float32, since many gradients add up in one row."""
 

@@ -27,12 +27,6 @@ class TrainState:
     opt_state: Any
 
 
-def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model's structure, and its parameters as shapes with shardings; needs a mesh, allocates nothing."""
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(lambda key: nnx.split(Transformer(cfg, nnx.Rngs(params=key))), key)
-
-
 def init_state(cfg: ModelConfig, optim: OptimConfig, seed: int) -> TrainState:
     """The state before the first update, born sharded; the same weights on every mesh. Call it inside jit or eval_shape."""
     _, params = nnx.split(Transformer(cfg, nnx.Rngs(params=jax.random.key(seed))))

@@ -11,11 +11,12 @@ from jax import Array
 from llm_jax.batch import Batch
 from llm_jax.mesh import acts
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.transformer import abstract_model
 from llm_jax.objective import causal
 from llm_jax.objective.config import ObjectiveConfig
 from llm_jax.optim.config import OptimConfig
 from llm_jax.optim.optimizer import clip_scale, learning_rate, transform
-from llm_jax.train.state import TrainState, abstract_model, sharded_update
+from llm_jax.train.state import TrainState, sharded_update
 
 Metrics = dict[str, Array]
 Sums = dict[str, Array]
