@@ -28,7 +28,9 @@ class Parser(argparse.ArgumentParser):
         """The arguments, options anywhere among them. Raises ConfigError with a line for each unknown one."""
         arguments, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
-            raise ConfigError(*(self._tell_unknown(argument) for argument in unknown))
+            # argparse gives up on what follows an unknown option too; that alone is not the user's mistake.
+            options = [argument for argument in unknown if argument.startswith("-")]
+            raise ConfigError(*(self._tell_unknown(argument) for argument in options or unknown))
         return arguments
 
     def _tell_unknown(self, argument: str) -> str:

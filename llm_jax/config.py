@@ -97,7 +97,8 @@ def load(path: str | Path, cls: type[C]) -> C:
     module = types.ModuleType("config_file")
     module.__file__ = str(path)
     try:
-        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)  # noqa: S102  the file is a program, and meant to be one
+        code = compile(source, str(path), "exec", dont_inherit=True)
+        exec(code, module.__dict__)  # noqa: S102  a config is a program
         make = module.__dict__.get("config")
         config = make() if callable(make) else None
     except (Exception, SystemExit) as error:
@@ -177,7 +178,7 @@ def _tell_failure(error: Exception | SystemExit, path: str) -> list[str]:
     if isinstance(error, SyntaxError) and error.filename == path:
         return [f"{path}, line {error.lineno}: {error.msg}"]
     numbers = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    where = f"{path}, line {numbers[-1]}: " if numbers else ""
+    where = f"{path}, line {numbers[-1]}: " if numbers else f"{path}: "
     if isinstance(error, ConfigError):
         return [where + line for line in error.lines]
     if isinstance(error, pydantic.ValidationError):

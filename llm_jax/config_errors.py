@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import pydantic
 
-from llm_jax.field_types import SECTION, Accepts, Arm, accepts, either, number, words
+from llm_jax.field_types import LIMITS, SECTION, Accepts, Arm, accepts, either, number, words
 
 _LIMITS = {
-    "greater_than": ("gt", "more than"),
-    "greater_than_equal": ("ge", "at least"),
-    "less_than": ("lt", "less than"),
-    "less_than_equal": ("le", "at most"),
-    "multiple_of": ("multiple_of", "a multiple of"),
+    "greater_than": "gt",
+    "greater_than_equal": "ge",
+    "less_than": "lt",
+    "less_than_equal": "le",
+    "multiple_of": "multiple_of",
 }
 _LONGEST_VALUE = 80
 
@@ -72,6 +72,8 @@ def _tell(detail: Any, place: Place, root: type[pydantic.BaseModel], where: str)
     path, value, kind = where + ".".join(place.path), detail["input"], detail["type"]
     if kind == "json_invalid":
         yield f"not JSON: {detail['ctx']['error']}"
+    elif kind == "value_error":  # a section's own check across its fields
+        yield f"{path}: {detail['ctx']['error']}".removeprefix(": ")
     elif not place.path:
         yield f"{show(value)}: must be an object with the fields of a {root.__name__}"
     elif place.accepts is None:
@@ -80,14 +82,17 @@ def _tell(detail: Any, place: Place, root: type[pydantic.BaseModel], where: str)
             yield f"{'.'.join([path, *below])}: no such {what}; {_hint(place, root)}"
     elif kind == "missing":
         yield f"{path}: missing; must be {words(place.accepts)}"
+    elif where and place.accepts.sections:  # in Python, where sections are objects
+        made = either([f"{section.__name__}(...)" for section in place.accepts.sections])
+        yield f"{path} = {show(value)}: must be {made}"
     elif kind.startswith("union_tag"):
         yield _tell_tag(path, value, place.accepts)
     elif place.accepts.sections:
         first = next(iter(place.accepts.sections[0].model_fields))
         yield f"{path} = {show(value)}: {path} is {SECTION}; set its fields, such as {path}.{first}=..."
     elif kind in _LIMITS:
-        key, said = _LIMITS[kind]
-        yield f"{path} = {show(value)}: must be {said} {number(detail['ctx'][key])}"
+        key = _LIMITS[kind]
+        yield f"{path} = {show(value)}: must be {LIMITS[key]} {number(detail['ctx'][key])}"
     elif kind in ("too_short", "string_too_short"):
         yield f"{path} = {show(value)}: must be {words(place.accepts)}"
     elif kind == "finite_number":
@@ -95,9 +100,11 @@ def _tell(detail: Any, place: Place, root: type[pydantic.BaseModel], where: str)
     elif kind == "tuple_type" and isinstance(value, list):
         yield f"{path} = {show(value)}: must be a tuple, (...) instead of [...]"
     elif kind == "tuple_type" and isinstance(value, str) and value.startswith("["):
-        yield f'{path} = {value}: is no list; quotes inside a list survive a shell only in quotes: \'{path}=["a", "b"]\''
+        example = f'{path}=["a", "b"]'
+        yield f"{path} = {value}: is no list; quotes inside a list survive a shell only in quotes: '{example}'"
     else:
-        yield f"{path} = {show(value)}: must be {words(place.accepts, limits=False)}{_choice_hint(value, place.accepts.choices)}"
+        must = words(place.accepts, limits=False)
+        yield f"{path} = {show(value)}: must be {must}{_choice_hint(value, place.accepts.choices)}"
 
 
 def _tell_tag(path: str, value: Any, union: Accepts) -> str:

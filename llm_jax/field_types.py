@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 SECTION = "a section"
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _PLURALS = {int: "whole numbers", float: "numbers", str: "text", bool: "true or false"}
-_LIMITS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most", "multiple_of": "a multiple of"}
+LIMITS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most", "multiple_of": "a multiple of"}
 
 
 class Arm(NamedTuple):
@@ -87,7 +87,7 @@ def limit_words(arm: Arm) -> list[str]:
     found = [
         f"{said} {number(getattr(limit, key))}"
         for limit in arm.limits
-        for key, said in _LIMITS.items()
+        for key, said in LIMITS.items()
         if hasattr(limit, key)
     ]
     unit = "character" if arm.kind is str else "item"
