@@ -83,14 +83,20 @@ def check(run: Run) -> None:
     data_config.check(run.data)
     run.train.check()
     run.optim.check(run.train.steps)
-    sizes = dict(run.mesh)
+    run.eval.check(run.data.seq_len)
+    check_axes(run.mesh)
+    # An axis of -1 is checked when the devices are known; what is known now is checked now.
+    check_mesh(run, {axis: max(size, 1) for axis, size in dict(run.mesh).items()})
+
+
+def check_axes(mesh: MeshConfig) -> None:
+    """Raises ConfigError where the axes make no mesh on any number of devices."""
+    sizes = dict(mesh)
     for axis, size in sizes.items():
         if size == 0:
             raise ConfigError(f"mesh.{axis} = 0; an axis has at least 1 device (1 is off, -1 is the rest)")
     if len([axis for axis, size in sizes.items() if size == -1]) > 1:
         raise ConfigError(f"mesh: more than one axis is -1 ({', '.join(a for a, s in sizes.items() if s == -1)})")
-    # An axis of -1 is checked when the devices are known; what is known now is checked now.
-    check_mesh(run, {axis: max(size, 1) for axis, size in sizes.items()})
 
 
 def mesh_sizes(mesh: MeshConfig, n_devices: int) -> dict[str, int]:
@@ -111,7 +117,14 @@ def mesh_sizes(mesh: MeshConfig, n_devices: int) -> dict[str, int]:
 
 def check_mesh(run: Run, sizes: dict[str, int]) -> None:
     """Raises ConfigError where a size of the run is not divisible by its mesh axes."""
-    model = run.model
+    check_weights(run.model, sizes)
+    microbatch = ("train.batch_rows / train.accumulation", run.train.batch_rows // run.train.accumulation)
+    alphabet.check_divisible({"B": microbatch, "T": ("data.seq_len", run.data.seq_len)}, sizes, alphabet.ACT_AXES)
+    alphabet.check_divisible({"B": ("eval.batch_rows", run.eval.batch_rows)}, sizes, alphabet.ACT_AXES)
+
+
+def check_weights(model: ModelConfig, sizes: dict[str, int]) -> None:
+    """Raises ConfigError where a weight is not divisible by the mesh axes that it is sharded over."""
     alphabet.check_divisible(
         {
             "D": ("model.d_model", model.d_model),
@@ -123,9 +136,6 @@ def check_mesh(run: Run, sizes: dict[str, int]) -> None:
         sizes,
         alphabet.WEIGHT_AXES,
     )
-    microbatch = ("train.batch_rows / train.accumulation", run.train.batch_rows // run.train.accumulation)
-    alphabet.check_divisible({"B": microbatch, "T": ("data.seq_len", run.data.seq_len)}, sizes, alphabet.ACT_AXES)
-    alphabet.check_divisible({"B": ("eval.batch_rows", run.eval.batch_rows)}, sizes, alphabet.ACT_AXES)
 
 
 def _product(sizes: dict[str, int]) -> str:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from llm_jax.config import Config
+from llm_jax.config import Config, ConfigError
 
 
 class EvalConfig(Config):
@@ -18,3 +18,10 @@ class EvalConfig(Config):
     """Rows of one forward pass of an evaluation."""
     stride: Annotated[int, Ge(1)] | None = None
     """Tokens by which `llm-jax eval`'s windows move on; null is half of data.seq_len."""
+
+    def check(self, seq_len: int) -> None:
+        """Raises ConfigError where windows would leave tokens out."""
+        if self.stride is not None and self.stride > seq_len:
+            raise ConfigError(
+                f"eval.stride = {self.stride} is more than data.seq_len = {seq_len}; tokens between windows would be lost"
+            )
