@@ -79,4 +79,6 @@ class TokenizerConfig(Config):
 def check(data: DataConfig) -> None:
     """Raises ConfigError where two fields contradict each other."""
     if data.validation_share + data.test_share > 0.5:
-        raise ConfigError("data.validation_share + data.test_share is more than 0.5; most text must be left to train on")
+        raise ConfigError(
+            "data.validation_share + data.test_share is more than 0.5; most text must be left to train on"
+        )

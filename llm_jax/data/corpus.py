@@ -18,6 +18,8 @@ from llm_jax.data.errors import DataError
 # A longer document becomes several, cut at line ends: bounds the memory, and a record of 2 GB cannot be written at all.
 MAX_DOCUMENT_BYTES = 32 << 20
 
+EMPTY, INVALID = "empty", "invalid UTF-8"
+
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 
@@ -171,7 +173,7 @@ def _field(where: str, line: bytes, field: str) -> bytes | Skipped:
     try:
         record = json.loads(line)
     except UnicodeDecodeError:
-        return Skipped(where, "invalid UTF-8")
+        return Skipped(where, INVALID)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error}") from error
     text = record.get(field) if isinstance(record, dict) else None
@@ -181,7 +183,7 @@ def _field(where: str, line: bytes, field: str) -> bytes | Skipped:
     try:
         return text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell and UTF-8 cannot
-        return Skipped(where, "invalid UTF-8")
+        return Skipped(where, INVALID)
 
 
 def _documents(texts: Iterable[tuple[str, bytes | Skipped]], group: str = "") -> Iterator[Document | Skipped]:
@@ -190,7 +192,7 @@ def _documents(texts: Iterable[tuple[str, bytes | Skipped]], group: str = "") ->
         if isinstance(raw, Skipped):
             yield raw
         elif not raw:
-            yield Skipped(key, "empty")
+            yield Skipped(key, EMPTY)
         else:
             yield from _decoded(key, raw, group)
 
@@ -199,7 +201,7 @@ def _decoded(key: str, raw: bytes, group: str) -> Iterator[Document | Skipped]:
     try:
         raw.decode()
     except UnicodeDecodeError:
-        yield Skipped(key, "invalid UTF-8")
+        yield Skipped(key, INVALID)
         return
     if len(raw) <= MAX_DOCUMENT_BYTES:
         yield Document(key, group or key, raw.decode())

@@ -16,6 +16,7 @@ from llm_jax.data import store
 from llm_jax.data.config import PAD_ID
 from llm_jax.data.errors import DataError
 from llm_jax.data.prepare import Prepared
+from llm_jax.data.store import Records
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class Rows:
     what lies past the end is all padding, so that whole batches may be asked for.
     """
 
-    records: store.Records
+    records: Records
     row_tokens: int
     """U = T + 1."""
     dtype: np.dtype
@@ -68,12 +69,22 @@ def open_rows(prepared: Prepared, split: str, seed: int | None = None) -> Rows:
     if not n_rows:
         raise DataError(f"the {split} split has no rows; raise data.{split}_share, or give more text")
     records = store.open_split(prepared.rows, "token_rows", split, store.RAW_BYTES)
-    order = None if seed is None else grain.MapDataset.range(n_rows).seed(seed).shuffle().repeat(None)
+    order = None if seed is None else _endless_order(n_rows, seed)
     rows = Rows(records, prepared.seq_len + 1, np.dtype(prepared.rows_info["dtype"]), order)
     parsed = store.open_split(prepared.rows, "token_rows", split).__getitems__([0])[0]["tokens"]
     if len(records) != n_rows or not np.array_equal(rows._decoded(records.__getitems__([0]))[0], parsed):
         raise DataError(f"{prepared.rows} is not what was written; delete it and prepare again")
     return rows
+
+
+def _endless_order(n_rows: int, seed: int) -> grain.MapDataset[int]:
+    """All rows, then all rows in another order, and so on.
+
+    Grain adds the epoch's number to the seed, so neighbouring seeds are taken apart first; by numpy's SeedSequence,
+    which is the same in every version, and not by Grain, which promises nothing.
+    """
+    far_apart = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return grain.MapDataset.range(n_rows).shuffle(seed=far_apart).repeat(None)
 
 
 def batch(rows: Rows, t: int, *, batch_rows: int, accumulation: int, sharding: jax.sharding.Sharding) -> jax.Array:

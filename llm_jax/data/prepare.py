@@ -34,7 +34,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared dataset; the infos are what the stages' info.json say."""
+    """A prepared dataset: the folders of its stages, and what their info.json say."""
 
     text: Path
     rows: Path
@@ -58,6 +58,8 @@ def prepare(
 
     report gets a line for each stage. Raises DataError, DiskError, or ConfigError for a vocab_size the text forbids.
     """
+    if is_prepared(data, tokenizer, vocab_size, seed):
+        return open_prepared(data, tokenizer, vocab_size, seed)
     corpus = open_corpus(data.source)
     root = _root(data, corpus)
     with _lock(root, report):
@@ -78,7 +80,7 @@ def prepare(
 
 
 def is_prepared(data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int, seed: int) -> bool:
-    """Whether prepare would have nothing to do. Raises DataError where the source cannot be listed."""
+    """Whether prepare would have nothing to do. Raises DataError where what it made is damaged."""
     root = _find_root(data)
     if root is None or not store.is_complete(root / "text"):
         return False
@@ -137,7 +139,7 @@ def _write_text(folder: Path, corpus: Corpus, data: DataConfig) -> str:
             "fingerprint": digest.hex(),
         }
         store.write_info(partial, info)
-    return text_summary(info)
+    return "\n  left out: ".join([text_summary(info), *plan.named_skips])
 
 
 def _text_splits(corpus: Corpus, plan: Plan, advance: Callable[[int], None]) -> dict[str, store.Shards]:
@@ -162,14 +164,13 @@ def _text_splits(corpus: Corpus, plan: Plan, advance: Callable[[int], None]) -> 
 def _write_tokenizer(
     folder: Path, text: Path, text_info: dict[str, Any], config: TokenizerConfig, vocab_size: int, seed: int
 ) -> str:
-    """Trains on the training split, or on a sample of it; returns what to report."""
-    share = config.train_bytes / text_info["splits"]["train"]["bytes"]
-    examples = store.read_split(text, "documents", "train")
-    texts = (
-        example["text"].decode()
-        for example in examples
-        if share >= 1 or tokenizer_module.is_sampled(example["key"].decode(), seed, share)
-    )
+    """Trains on the training split, or on documents of it drawn by the seed; returns what to report."""
+    order = None
+    if _is_sampled(config, text_info):
+        n_documents = text_info["splits"]["train"]["documents"]
+        # Not numpy's generators: what they give may change from version to version.
+        order = sorted(range(n_documents), key=lambda i: hashlib.md5(f"{seed}:{i}".encode()).digest())
+    texts = (example["text"].decode() for example in store.read_split(text, "documents", "train", order))
     tokenizer = tokenizer_module.train(texts, config, vocab_size)
     with store.stage(folder) as partial:
         (partial / "tokenizer.model").write_bytes(tokenizer.model)
@@ -261,9 +262,12 @@ def _config_key(data: DataConfig) -> str:
 
 def _tokenizer_name(config: TokenizerConfig, vocab_size: int, seed: int, text_info: dict[str, Any]) -> str:
     """Where all text is shown to the trainer, neither the seed nor the limit makes a difference."""
-    is_sampled = text_info["splits"]["train"]["bytes"] > config.train_bytes
-    sample = _key(seed, config.train_bytes)[:8] if is_sampled else "whole"
+    sample = _key(seed, config.train_bytes)[:8] if _is_sampled(config, text_info) else "whole"
     return f"tokenizer-{config.kind}-{vocab_size}-{sample}"
+
+
+def _is_sampled(config: TokenizerConfig, text_info: dict[str, Any]) -> bool:
+    return text_info["splits"]["train"]["bytes"] > config.train_bytes
 
 
 def _rows_folder(model: Path, seq_len: int) -> Path:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llm_jax.data.config import DataConfig
-from llm_jax.data.corpus import Document, Skipped
+from llm_jax.data.corpus import EMPTY, Document, Skipped
 from llm_jax.data.errors import DataError
 
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
@@ -26,6 +26,8 @@ LONG_LINE = 20
 MAX_LONG_LINES = 1_000_000
 
 NAMED_SKIPS = 5
+NEAR_DUPLICATE = "near duplicate"
+UNREMARKABLE = (EMPTY, NEAR_DUPLICATE)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Plan:
     skipped: dict[str, int]
     """Reason -> documents left out."""
     named_skips: list[str]
-    """The first few of them."""
+    """The first few that somebody may want to mend."""
     with_nul: int
     """Kept documents that contain a NUL character; it is kept, too."""
 
@@ -61,15 +63,15 @@ def make_plan(documents: Iterable[Document | Skipped], data: DataConfig, advance
     named: list[str] = []
     groups, sizes, with_nul = array("Q"), array("q"), 0
     for document in documents:
-        reason = ""
         if isinstance(document, Skipped):
             size, group, reason = 0, 0, document.reason
         else:
             size, group = len(document.text.encode()), _hash64(document.group)
-            reason = "near duplicate" if shingles.seen(document.text) else ""
+            reason = NEAR_DUPLICATE if shingles.seen(document.text) else ""
         if reason:
             skipped[reason] += 1
-            named += [f"{document.key}: {reason}"] if len(named) < NAMED_SKIPS else []
+            if reason not in UNREMARKABLE and len(named) < NAMED_SKIPS:
+                named.append(f"{document.key}: {reason}")
         else:
             assert isinstance(document, Document)
             with_nul += "\0" in document.text

@@ -116,12 +116,12 @@ def open_split(folder: Path, dataset: str, split: str, method: DeserializeMethod
     return builder.as_data_source(split=split, deserialize_method=method)  # pyright: ignore[reportCallIssue]
 
 
-def read_split(folder: Path, dataset: str, split: str) -> Iterator[Example]:
-    """The examples of a split in stored order; none where the split does not exist."""
+def read_split(folder: Path, dataset: str, split: str, order: Sequence[int] | None = None) -> Iterator[Example]:
+    """The examples of a split in stored or in the given order; none where the split does not exist."""
     if not list((folder / dataset / "1.0.0").glob(f"{dataset}-{split}.*")):
         return
     records = open_split(folder, dataset, split)
-    numbers = iter(range(len(records)))
+    numbers = iter(range(len(records)) if order is None else order)
     while block := list(islice(numbers, READ_TOGETHER)):
         yield from records.__getitems__(block)
 
@@ -177,10 +177,12 @@ class Digest:
         self.sha256 = hashlib.sha256()
 
     def add(self, part: bytes) -> None:
+        """Appends a byte string."""
         self.sha256.update(len(part).to_bytes(8, "little"))
         self.sha256.update(part)
 
     def hex(self) -> str:
+        """The digest so far."""
         return self.sha256.hexdigest()
 
 

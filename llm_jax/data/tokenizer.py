@@ -50,10 +50,12 @@ class Tokenizer:
 
     @functools.cached_property
     def processor(self) -> sentencepiece.SentencePieceProcessor:
+        """sentencepiece itself; its own encode and decode are not lossless."""
         return sentencepiece.SentencePieceProcessor(model_proto=self.model)
 
     @functools.cached_property
     def vocab_size(self) -> int:
+        """V, control ids included."""
         return self.processor.get_piece_size()
 
     @functools.cached_property
@@ -154,12 +156,6 @@ def load(path: Path) -> Tokenizer:
     return Tokenizer(raw, "bpe" if model.trainer_spec.model_type == model.trainer_spec.BPE else "unigram")
 
 
-def is_sampled(key: str, seed: int, share: float) -> bool:
-    """Whether the document belongs to a sample of about this share; the same for every process."""
-    digest = hashlib.md5(f"{seed}:{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
 def _lines(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
     """Lines for the trainer until max_bytes are given."""
     given = 0
@@ -168,9 +164,9 @@ def _lines(documents: Iterable[str], max_bytes: int) -> Iterator[str]:
             for start in range(0, len(line), MAX_LINE):
                 part = line[start : start + MAX_LINE]
                 yield part
-                given += len(part.encode()) + 1
-        if given >= max_bytes:
-            return
+                given += len(part.encode())
+                if given >= max_bytes:
+                    return
 
 
 def _chunks(text: str, kind: str) -> list[str]:
