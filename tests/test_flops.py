@@ -46,14 +46,18 @@ def jaxprs(value: Any) -> Iterator[Jaxpr]:
             yield from jaxprs(item)
 
 
+def shape_of(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
+
+
 def dot_flops(jaxpr: Jaxpr) -> int:
     """FLOPs of all dot_generals of a jaxpr on one device, the bodies of scans as often as they run."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * terms
+            terms = math.prod(shape_of(equation.invars[0])[axis] for axis in contracted)
+            total += 2 * math.prod(shape_of(equation.outvars[0])) * terms
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         assert equation.primitive.name not in ("while", "cond"), "their bodies run an unknown number of times"
         total += times * sum(dot_flops(inner) for value in equation.params.values() for inner in jaxprs(value))
@@ -102,7 +106,7 @@ def test_a_share_of_the_peak_counts_every_device() -> None:
     per_token = flops.flops_per_token(BASE, SEQ_LEN, causal=True)
     peak = flops.peak_flops("TPU v4", "bfloat16")
     assert peak == 275e12
-    at_peak = 8 * peak / per_token.full
+    at_peak = 8 * 275e12 / per_token.full
     assert flops.mfu(at_peak, per_token, peak, n_devices=8) == pytest.approx(1)
     assert flops.mfu(at_peak / 4, per_token, peak, n_devices=8) == pytest.approx(0.25)
 
