@@ -11,6 +11,7 @@ from llm_jax.exit_codes import DONE, INTERRUPTED, MEANINGS, UNEXPECTED, USAGE, F
 
 VERBS = {
     "config": "show a run: every field, its value, what it accepts, and its help",
+    "train": "train what a config describes, or go on with it where it stopped",
 }
 
 HELP = f"""\
@@ -40,6 +41,10 @@ def run_verb(argv: Sequence[str]) -> int:
             from llm_jax import show_config
 
             return show_config.main(rest)
+        case "train":
+            from llm_jax.train import cli
+
+            return cli.main(rest)
     close = difflib.get_close_matches(verb, VERBS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"the verbs are {', '.join(VERBS)}"
     raise ConfigError(f"llm-jax {verb}: no such verb; {hint}")
@@ -55,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(HELP, end="", file=sys.stderr)
         return USAGE
     try:
-        return run_verb(argv)
+        return _together(run_verb(argv))
     except Failure as failure:
         print(failure, file=sys.stderr)
         return _leave(failure.exit_code)
@@ -65,6 +70,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception:  # noqa: BLE001  the last one to hear of it
         traceback.print_exc()
         return _leave(UNEXPECTED)
+
+
+def _together(exit_code: int) -> int:
+    """The exit code; several processes end together, since the first to go would take its peers with it."""
+    jax = sys.modules.get("jax")  # what has not been imported is not running
+    if jax is not None and jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+    return exit_code
 
 
 def _leave(exit_code: int) -> int:

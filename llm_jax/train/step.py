@@ -31,12 +31,11 @@ def make_step(
     grad_norm (before clipping), lr, tokens (weighted), batch_hash (uint32), finite (bool) and skipped (so far).
     A non-finite loss or gradient leaves weights and optimizer as they were.
     """
-    graph, _ = abstract_model(cfg)
 
     def step(state: TrainState, rows_ABU: Array) -> tuple[TrainState, Metrics]:
         batch_A = causal.make_batch(rows_ABU, cross_documents)
         weights = causal.weights(batch_A)
-        gradient, sums = accumulate(state.params, batch_A, weights)
+        gradient, sums = gradient_sums(state.params, batch_A, weights, cfg, objective)
 
         norm = optax.global_norm(gradient)
         gradient = jax.tree.map(lambda g: g * clip_scale(norm, optim).astype(g.dtype), gradient)
@@ -51,30 +50,38 @@ def make_step(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         skipped = state.skipped + ~finite
-        metrics |= {"grad_norm": norm, "lr": lr, "tokens": weights["loss"], "finite": finite, "skipped": skipped}
+        metrics |= {"grad_norm": norm, "lr": lr, "tokens": weights["loss"].astype(jnp.int32), "finite": finite, "skipped": skipped}
         metrics["batch_hash"] = batch_hash(rows_ABU, state.batch_index)
         return TrainState(state.step + 1, state.batch_index + 1, skipped, params, opt_state), metrics
 
-    def accumulate(params: nnx.State, batch_A: Batch, weights: Sums) -> tuple[nnx.State, Sums]:
-        """The gradient of the whole batch's loss, and the statistics' sums. Every term is divided by its weight over
-        the whole batch before differentiating, so the microbatches' gradients simply add."""
-
-        def loss(params: nnx.State, batch: Batch) -> tuple[Array, Sums]:
-            losses, statistics = causal.sums(nnx.merge(graph, params), batch, cfg, objective)
-            return sum(divide(value, weights[name]) for name, value in losses.items()), statistics
-
-        gradient_of = jax.grad(loss, has_aux=True)
-        if batch_A.tokens_BT.shape[0] == 1:
-            return gradient_of(params, jax.tree.map(lambda x: x[0], batch_A))
-
-        def add(total: tuple[nnx.State, Sums], batch: Batch) -> tuple[tuple[nnx.State, Sums], None]:
-            return jax.tree.map(jnp.add, total, gradient_of(params, batch)), None
-
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient_of, params, jax.tree.map(lambda x: x[0], batch_A)))
-        total, _ = jax.lax.scan(add, zeros, batch_A)
-        return total
-
     return step
+
+
+def gradient_sums(
+    params: nnx.State, batch_A: Batch, weights: Sums, cfg: ModelConfig, objective: ObjectiveConfig
+) -> tuple[nnx.State, Sums]:
+    """The gradient of the whole batch's loss, of the parameters' types, and the statistics' sums.
+
+    Every term is divided by its weight over the whole batch, causal.weights(batch_A), before differentiating: so the
+    gradients of the microbatches simply add.
+    """
+    graph, _ = abstract_model(cfg)
+
+    def loss(params: nnx.State, batch: Batch) -> tuple[Array, Sums]:
+        losses, statistics = causal.sums(nnx.merge(graph, params), batch, cfg, objective)
+        return sum(divide(value, weights[name]) for name, value in losses.items()), statistics
+
+    gradient_of = jax.grad(loss, has_aux=True)
+    first = jax.tree.map(lambda x: x[0], batch_A)
+    if batch_A.tokens_BT.shape[0] == 1:
+        return gradient_of(params, first)
+
+    def add(total: tuple[nnx.State, Sums], batch: Batch) -> tuple[tuple[nnx.State, Sums], None]:
+        return jax.tree.map(jnp.add, total, gradient_of(params, batch)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient_of, params, first))
+    total, _ = jax.lax.scan(add, zeros, batch_A)
+    return total
 
 
 def divide(value: Array, weight: Array) -> Array:

@@ -1,0 +1,119 @@
+"""One attempt at a run: from wherever its directory stands to the end, or to the signal that stops it."""
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from llm_jax import config, exit_codes
+from llm_jax.data.loader import open_rows
+from llm_jax.eval.validation import make_validation
+from llm_jax.model.paths import to_tree
+from llm_jax.processes import settle
+from llm_jax.run import Run
+from llm_jax.run_directory import agree_on_directory, sole_trainer
+from llm_jax.train import environment
+from llm_jax.train.flops import CONVENTION, flops_per_token, parameters, peak_flops
+from llm_jax.train.guards import Guards
+from llm_jax.train.ledger import Ledger
+from llm_jax.train.loop import train
+from llm_jax.train.metrics import open_log, short
+from llm_jax.train.start import Session, begin, checkpoint_meta, data_of, mesh_of
+from llm_jax.train.state import TrainState
+
+Report = Callable[[str], None]
+
+
+def attempt(run: Run, *, allow_drift: bool) -> int:
+    """Prepares, resumes or begins, trains; returns the exit code. Needs the job's processes joined."""
+
+    def report(line: str) -> None:
+        if jax.process_index() == 0:
+            print(line, flush=True)
+
+    started = time.monotonic()
+    mesh = mesh_of(run)
+    with Guards() as guards, sole_trainer(run.run_dir), jax.set_mesh(mesh):
+        agree_on_directory(run.run_dir)
+        prepared = data_of(run, report)
+        if guards.stop():
+            return guards.exit_code
+        session = begin(run, mesh, prepared, allow_drift=allow_drift, report=report)
+        with contextlib.closing(session.checkpoints):
+            if session.done == run.train.steps:
+                report(f"{run.run_dir} is finished after {session.done} steps; next: llm-jax eval {run.run_dir}")
+                return exit_codes.DONE
+            describe(session, report)
+            report(f"ready for step {session.done + 1} after {time.monotonic() - started:.1f} s")
+            code = go(session, guards)
+            report(farewell(run, code))
+            return code
+
+
+def go(session: Session, guards: Guards) -> int:
+    """The loop with all that it writes: log, checkpoints, looks at held-out rows."""
+    run = session.run
+    device = session.mesh.devices.flat[0]
+    flops = flops_per_token(run.model, run.data.seq_len, causal=True)
+    peak = peak_flops(device.device_kind, run.model.compute_dtype)
+    meta = checkpoint_meta(run, session.prepared, environment.versions())
+    name_arrays = jax.jit(to_tree)
+    look = make_validation(
+        run.model,
+        run.objective,
+        run.eval,
+        open_rows(session.prepared, "validation"),
+        session.prepared.tokenizer.piece_bytes,
+        cross_documents=run.data.cross_documents,
+    )
+    is_first = jax.process_index() == 0
+    if is_first:
+        write_run(session)
+
+    with open_log(run.run_dir, session.done, run.train.steps, run.logging, writes=is_first) as log:
+
+        def save(done: int, state: TrainState) -> None:
+            # The lines of the updates that a checkpoint contains are on the disk before it is.
+            log.sync()
+            session.checkpoints.save(done, name_arrays(state), meta)
+
+        def validate(done: int, state: TrainState) -> None:
+            figures = look(state.params, guards.stop)
+            if figures is not None:
+                log.write_validation({"step": done, **figures})
+
+        ledger = Ledger(log, flops, run.tokens_per_step, peak, session.mesh.size)
+        validated = int(settle("validated", "", lambda _: str(log.validated)))
+        return train(session, guards, ledger, save=save, validate=validate, validated=validated)
+
+
+def write_run(session: Session) -> None:
+    """What the run directory says of itself: config.json, the tokenizer, and one more entry in environment.json."""
+    run = session.run
+    Path(run.run_dir, "config.json").write_text(config.to_json(run) + "\n", encoding="utf-8")
+    Path(run.run_dir, "tokenizer.model").write_bytes(session.prepared.tokenizer.model)
+    backends = {"attention": run.model.attention, "compute_dtype": run.model.compute_dtype}
+    environment.record(run.run_dir, session.done, {"backends": backends, "mesh": dict(session.mesh.shape)})
+
+
+def describe(session: Session, report: Report) -> None:
+    """Tells in three lines what is about to run: model, devices, and the backends that were settled on."""
+    run, mesh = session.run, session.mesh
+    device = mesh.devices.flat[0]
+    epochs = run.train.steps * run.train.batch_rows / session.prepared.rows_info["splits"]["train"]["rows"]
+    report(f"model: {short(parameters(run.model))} parameters, {run.model.n_layers} layers of width {run.model.d_model}")
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
+    report(f"mesh: {axes} ({mesh.size} {device.device_kind}); attention {run.model.attention}, {run.model.compute_dtype}")
+    report(f"training: {run.train.steps} steps of {run.tokens_per_step} tokens, {epochs:.2f} times through the training text")
+    peak = peak_flops(device.device_kind, run.model.compute_dtype)
+    told = "no peak is known for this device, so no MFU" if peak is None else f"MFU of {short(peak)}FLOP/s by {CONVENTION}"
+    report(told)
+
+
+def farewell(run: Run, code: int) -> str:
+    """The last line: how it ended, and what to type next."""
+    if code == exit_codes.DONE:
+        return f"done: {run.train.steps} steps; next: llm-jax eval {run.run_dir}"
+    return f"saved in {run.run_dir}; the same command goes on from there"

@@ -1,0 +1,184 @@
+"""From a Run to everything the loop needs: mesh, data, compiled step, and the state, new or restored."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, NamedSharding
+from jax.sharding import Mesh
+
+from llm_jax import config
+from llm_jax.checkpoint import Checkpoints
+from llm_jax.config import ConfigError
+from llm_jax.data.prepare import Prepared, open_prepared, prepare
+from llm_jax.mesh import acts, make_mesh
+from llm_jax.model.attention import resolve
+from llm_jax.model.paths import from_tree, placed, to_tree
+from llm_jax.model.transformer import abstract_model
+from llm_jax.processes import settle
+from llm_jax.run import FREE_TO_CHANGE, Run, check_mesh, mesh_sizes
+from llm_jax.run_directory import Refused
+from llm_jax.train.state import TrainState, abstract_state, init_state, with_params
+from llm_jax.train.step import Metrics, make_step
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What the loop works with; `done` is the number of updates that `state` has seen."""
+
+    run: Run
+    mesh: Mesh
+    prepared: Prepared
+    checkpoints: Checkpoints
+    step: Callable[[TrainState, Array], tuple[TrainState, Metrics]]
+    state: TrainState
+    done: int
+
+
+def mesh_of(run: Run) -> Mesh:
+    """The run's mesh on the job's devices. Raises ConfigError where it does not fit them, or the run does not fit it."""
+    sizes = mesh_sizes(run.mesh, jax.device_count())
+    check_mesh(run, sizes)
+    used = math.prod(sizes.values())
+    if used < jax.device_count():
+        if jax.process_count() > 1:
+            raise ConfigError(f"the mesh uses {used} of {jax.device_count()} devices; with several processes it uses all")
+        print(f"the mesh uses {used} of {jax.device_count()} devices")
+    return make_mesh(sizes)
+
+
+def data_of(run: Run, report: Callable[[str], None]) -> Prepared:
+    """The run's prepared data; what is missing is made first, by process 0."""
+    wanted = (run.data, run.tokenizer, run.model.vocab_size, run.seed)
+
+    def make(_: list[str]) -> str:
+        prepare(*wanted, report=report)
+        return ""
+
+    settle("data", "", make)
+    return open_prepared(*wanted)
+
+
+def begin(run: Run, mesh: Mesh, prepared: Prepared, *, allow_drift: bool, report: Callable[[str], None]) -> Session:
+    """Compiles the step and restores the newest checkpoint, or makes the first state. Needs the mesh set.
+
+    Raises Refused where a checkpoint was made by another config (unless allowed), weights or tokenizer.
+    """
+    platform = mesh.devices.flat[0].platform
+    run = run.model_copy(update={"model": resolve(run.model, platform)})
+    checkpoints = Checkpoints(Path(run.run_dir, "checkpoints"), keep=run.checkpoint.keep)
+    abstract = abstract_state(run.model, run.optim)
+    newest = checkpoints.newest_intact()
+    if newest is not None:
+        refuse_drift(checkpoints.meta(newest), run, prepared, allow_drift, report)
+        state = restore_state(checkpoints, newest, abstract, mesh)
+        report(f"resumed from {checkpoints.directory / str(newest)}")
+    elif run.train.init_from is not None:
+        state = start_from(run.train.init_from, run, prepared, abstract, mesh, report)
+    else:
+        state = jax.jit(lambda: init_state(run.model, run.optim, run.seed))()
+    done = 0 if newest is None else newest
+    # A finished run has no use for a compiled step.
+    step = compile_step(run, abstract, mesh, report) if done < run.train.steps else _no_step
+    return Session(run, mesh, prepared, checkpoints, step, state, done)
+
+
+def compile_step(run: Run, abstract: TrainState, mesh: Mesh, report: Callable[[str], None]) -> Callable:
+    """The run's update, compiled once for its shapes and mesh; a call with others is an error, not a recompile."""
+    started = time.monotonic()
+    step = make_step(
+        run.model,
+        run.objective,
+        run.optim,
+        steps=run.train.steps,
+        cross_documents=run.data.cross_documents,
+    )
+    A = run.train.accumulation
+    shape = (A, run.train.batch_rows // A, run.data.seq_len + 1)
+    rows_ABU = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, acts("ABU")))
+    compiled = jax.jit(step, donate_argnums=0).lower(placed(abstract, mesh), rows_ABU).compile()
+    report(f"compiled the step in {time.monotonic() - started:.1f} s")
+    return compiled
+
+
+def restore_state(checkpoints: Checkpoints, step: int, abstract: TrainState, mesh: Mesh) -> TrainState:
+    """The whole state of a checkpoint, on any mesh."""
+    tree = checkpoints.restore(step, placed(jax.eval_shape(to_tree, abstract), mesh))
+    return jax.jit(lambda tree: from_tree(tree, abstract))(tree)
+
+
+def start_from(
+    other: str, run: Run, prepared: Prepared, abstract: TrainState, mesh: Mesh, report: Callable[[str], None]
+) -> TrainState:
+    """Step 0 with the newest weights of another run; its tokenizer must be this run's."""
+    checkpoints = Checkpoints(Path(other, "checkpoints"), read_only=True)
+    newest = checkpoints.newest_intact()
+    if newest is None:
+        raise Refused(f"train.init_from = {other!r}: no checkpoint there")
+    if checkpoints.meta(newest)["tokenizer"] != prepared.tokenizer.fingerprint:
+        raise Refused(f"train.init_from = {other!r}: its tokenizer is another one")
+    shapes = {"params": placed(jax.eval_shape(to_tree, abstract.params), mesh)}
+    tree = checkpoints.restore(newest, shapes)["params"]
+    report(f"weights from {checkpoints.directory / str(newest)}")
+    return jax.jit(lambda tree: with_params(from_tree(tree, abstract.params), run.optim))(tree)
+
+
+def checkpoint_meta(run: Run, prepared: Prepared, versions: dict[str, str]) -> dict[str, Any]:
+    """What a checkpoint says of itself, beside its arrays."""
+    return {
+        "format": FORMAT,
+        "run": config.tree(run),
+        "tokenizer": prepared.tokenizer.fingerprint,
+        "data": prepared.fingerprint,
+        "versions": versions,
+    }
+
+
+def refuse_drift(
+    meta: dict[str, Any], run: Run, prepared: Prepared, allow_drift: bool, report: Callable[[str], None]
+) -> None:
+    """Raises Refused, with the differences, where going on would not be the run that was begun."""
+    if meta["tokenizer"] != prepared.tokenizer.fingerprint:
+        raise Refused(f"{run.run_dir} was trained with another tokenizer; choose another run_dir")
+    then = config.from_json(Run, json.dumps(meta["run"]))
+    if shapes_of(then) != shapes_of(run):
+        raise Refused(f"{run.run_dir} holds weights of other shapes; choose another run_dir\n{_lines(meta['run'], run)}")
+    drift = [d for d in config.diff(meta["run"], config.tree(run)) if not _is_free(d.path)]
+    lines = [f"  {d.path}: {d.old!r} -> {d.new!r}" for d in drift]
+    if meta["data"] != prepared.fingerprint:
+        lines.append("  the prepared data: its text has changed since")
+    if lines and not allow_drift:
+        raise Refused(
+            f"{run.run_dir} was begun with another config; go on with the old values, choose another run_dir, "
+            "or pass --allow-drift:\n" + "\n".join(lines)
+        )
+    for line in lines:
+        report(f"allowed drift: {line.strip()}")
+
+
+def shapes_of(run: Run) -> Any:
+    """Shape and type of every weight, by its checkpoint path."""
+    _, params = abstract_model(run.model)
+    return jax.tree.map(lambda x: (x.shape, str(x.dtype)), jax.eval_shape(to_tree, params))
+
+
+def _lines(old: dict[str, Any], run: Run) -> str:
+    differences = config.diff(old, config.tree(run))
+    return "\n".join(f"  {d.path}: {d.old!r} -> {d.new!r}" for d in differences if not _is_free(d.path))
+
+
+def _is_free(path: str) -> bool:
+    # Which backend computes attention is settled anew on every machine.
+    return path == "model.attention" or any(path == free or path.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+
+
+def _no_step(state: TrainState, rows_ABU: Array) -> tuple[TrainState, Metrics]:
+    raise AssertionError("a finished run makes no step")
