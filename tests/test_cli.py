@@ -92,7 +92,7 @@ def test_config_shows_every_field_and_marks_what_is_not_the_default() -> None:
 
 
 def test_config_as_json_is_the_run_and_nothing_else() -> None:
-    done = llm_jax("config", "--json", TINY, "data.source.kind=files", 'data.source.paths=["a b"]', "model.remat=dots")
+    done = llm_jax("config", TINY, "--json", "data.source.kind=files", 'data.source.paths=["a b"]', "model.remat=dots")
     run = from_command_line(ROOT / TINY, ["model.remat=dots", "data.source.paths=a b", "data.source.kind=files"])
     assert (done.returncode, done.stdout, done.stderr) == (0, to_json(run), "")
 

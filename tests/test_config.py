@@ -99,6 +99,13 @@ class Shape(Config):
         return self
 
 
+class Engine(Config):
+    """A section with a union in it."""
+
+    speed: Speed = Slow(patience=9)
+    """How fast."""
+
+
 class Whole(Config):
     """All of them."""
 
@@ -108,6 +115,8 @@ class Whole(Config):
     """A union of sections."""
     spare: Shape | None = None
     """A section that may be missing."""
+    engine: Engine | None = None
+    """Another."""
     parts: tuple[Shape, ...] = ()
     """Sections in a list."""
     title: str = "whole"
@@ -232,7 +241,8 @@ def test_every_mistake_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 100_000, "1" * 10_000, "{" * 100_000, "(" * 100_000, "\\", "'", "1_", "{1, 2}", "2j"]
+    "text",
+    ["[" * 100_000, "1" * 10_000, "{" * 100_000, "(" * 100_000, "-" * 5_000 + "1", "\\", "'", "1_", "{1, 2}", "2j"],
 )
 def test_a_value_that_nothing_can_read_is_one_short_line(text: str) -> None:
     (line,) = mistakes(Run(), f"train.steps={text}")
@@ -260,6 +270,7 @@ def value_at(config: Config, path: str) -> Any:
         ("name='it'", "it"),
         ("name=1,2", "1,2"),
         ("name=C:\\data", "C:\\data"),
+        ("name='C:\\data'", "C:\\data"),
         ("name=größe", "größe"),
         ("train.steps=5e3", 5000),
         ("train.steps=5_000", 5000),
@@ -374,6 +385,7 @@ def test_an_object_replaces_a_section_and_deeper_paths_go_on_top() -> None:
 
 def test_a_section_that_may_be_null_appears_when_a_field_is_set() -> None:
     assert override(Whole(), ["spare.width=6"]).spare == Shape(width=6)
+    assert override(Whole(), ["engine.speed.gain=4"]).engine == Engine(speed=Slow(gain=4.0, patience=9))
     assert override(Whole(spare=Shape(width=6)), ["spare=null"]).spare is None
 
 
@@ -406,6 +418,11 @@ def test_json_gives_back_the_very_same_config(config: Config) -> None:
     again = from_json(type(config), text)
     assert again == config and to_json(again) == text
     assert json.loads(text) == tree(config)
+    assert list(json.loads(text)) == list(type(config).model_fields)
+
+
+def test_json_is_for_people_too() -> None:
+    assert '\n  "name": "größe ☃",\n' in to_json(Run(name="größe ☃"))
 
 
 @pytest.mark.parametrize("config", UNUSUAL)
