@@ -1,0 +1,139 @@
+"""What every test starts from: a strict JAX on 8 emulated devices with a compile cache; and real processes."""
+
+import dataclasses
+import importlib.metadata
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A process of the program gets these and no more: it has to be right without the strictness below.
+EMULATED = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "8",
+    # Compiled code depends on the version. A folder of the repository's own: what it holds came from this machine.
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / f"jax-{importlib.metadata.version('jax')}"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+STRICT = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_REMOVE_SIZE_ONE_MESH_AXIS_FROM_TYPE": "true"}
+
+# JAX reads its environment once, when it is first imported; tests that need no JAX do not wait for it.
+assert "jax" not in sys.modules, "JAX was imported before tests/conftest.py could set it up"
+os.environ |= EMULATED | STRICT
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """A started process; its output goes to files, so that it never waits for a reader."""
+
+    process: subprocess.Popen[str]
+    stdout: Path
+    stderr: Path
+
+    def done(self) -> subprocess.CompletedProcess[str]:
+        """What came of the process, so far if it has not ended."""
+        texts = (self.stdout.read_text(errors="replace"), self.stderr.read_text(errors="replace"))
+        return subprocess.CompletedProcess(self.process.args, self.process.returncode, *texts)
+
+    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        """What came of the process; after timeout seconds it is killed and the test fails."""
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            shown = self.done()
+            pytest.fail(f"not done after {timeout} s: {shown.args}\n{shown.stdout[-4000:]}\n{shown.stderr[-4000:]}")
+        return self.done()
+
+    def kill(self) -> None:
+        """Ends the process and all that it has started, at once."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture
+def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """start(*arguments, devices=1, env={}, cwd=tmp_path) starts `python *arguments` and returns at once.
+
+    The process has its own emulated devices, shares the suite's compile cache, and is killed when the test ends.
+    """
+    outputs = tmp_path_factory.mktemp("outputs")
+    started: list[Running] = []
+
+    def start(*arguments: str, devices: int = 1, env: Mapping[str, str] | None = None, cwd: Path = tmp_path) -> Running:
+        kept = {key: value for key, value in os.environ.items() if key not in (*STRICT, "PYTHONDONTWRITEBYTECODE")}
+        kept |= {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})}
+        stdout, stderr = (outputs / f"{len(started)}.{name}" for name in ("stdout", "stderr"))
+        with stdout.open("w") as out, stderr.open("w") as err:
+            command = [sys.executable, *arguments]
+            process = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=kept,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                text=True,
+                start_new_session=True,
+            )
+        started.append(Running(process, stdout, stderr))
+        return started[-1]
+
+    yield start
+    for running in started:
+        running.kill()
+
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def cli(start: Start) -> Cli:
+    """cli(*arguments, devices=1, env={}, cwd=tmp_path, timeout=300) runs `python -m llm_jax *arguments` to its end."""
+
+    def cli(*arguments: str, timeout: float = 300, **process: Any) -> subprocess.CompletedProcess[str]:
+        return start("-m", "llm_jax", *arguments, **process).wait(timeout)
+
+    return cli
+
+
+LaunchProcesses = Callable[..., list[subprocess.CompletedProcess[str]]]
+
+
+@pytest.fixture
+def launch_processes(start: Start) -> LaunchProcesses:
+    """launch_processes(n, devices_each, arguments, env={}, timeout=300) runs `python *arguments` as one JAX job of n.
+
+    The results are in the order of the processes; after timeout seconds all are killed and the test fails.
+    """
+
+    def launch_processes(
+        n: int, devices_each: int, arguments: Sequence[str], env: Mapping[str, str] | None = None, timeout: float = 300
+    ) -> list[subprocess.CompletedProcess[str]]:
+        job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(n), **(env or {})}
+        processes = [start(*arguments, devices=devices_each, env=job | {"JAX_PROCESS_ID": str(i)}) for i in range(n)]
+        deadline = time.monotonic() + timeout
+        return [process.wait(max(deadline - time.monotonic(), 0)) for process in processes]
+
+    return launch_processes
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
