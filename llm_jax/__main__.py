@@ -11,7 +11,11 @@ from llm_jax.exit_codes import DONE, INTERRUPTED, MEANINGS, UNEXPECTED, USAGE, F
 
 VERBS = {
     "config": "show a run: every field, its value, what it accepts, and its help",
+    "data": "prepare: make a run's text, tokenizer and rows; show: print rows of a batch as text",
     "train": "train what a config describes, or go on with it where it stopped",
+    "eval": "score a checkpoint on held-out text",
+    "generate": "continue prompts with text from a checkpoint",
+    "report": "one HTML page from run directories: curves, figures, configs",
 }
 
 HELP = f"""\
@@ -24,7 +28,9 @@ verbs:
 
 examples:
   llm-jax config configs/quickstart.py
-  llm-jax config configs/quickstart.py model.n_layers=6 optim.lr=2e-3
+  llm-jax train configs/quickstart.py model.n_layers=6 optim.lr=2e-3 run_dir=runs/deeper
+  llm-jax eval runs/deeper
+  llm-jax report runs/quickstart runs/deeper
 
 llm-jax VERB --help shows a verb's arguments.
 
@@ -41,10 +47,26 @@ def run_verb(argv: Sequence[str]) -> int:
             from llm_jax import show_config
 
             return show_config.main(rest)
-        case "train":
-            from llm_jax.train import cli
+        case "data":
+            from llm_jax.data import cli as data
 
-            return cli.main(rest)
+            return data.main(rest)
+        case "train":
+            from llm_jax.train import cli as train
+
+            return train.main(rest)
+        case "eval":
+            from llm_jax.eval import cli as evaluation
+
+            return evaluation.evaluate(rest)
+        case "generate":
+            from llm_jax.eval import cli as evaluation
+
+            return evaluation.generate(rest)
+        case "report":
+            from llm_jax.report import cli as report
+
+            return report.main(rest)
     close = difflib.get_close_matches(verb, VERBS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"the verbs are {', '.join(VERBS)}"
     raise ConfigError(f"llm-jax {verb}: no such verb; {hint}")

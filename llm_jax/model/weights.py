@@ -1,6 +1,7 @@
 """A weight is declared once, on one line: letters and fan-in. Shape, sharding, init and decay follow from them."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,3 +40,8 @@ def use(weight: Weight, cfg: ModelConfig) -> Array:
     if cfg.gather_dtype == "compute":
         value = value.astype(compute)
     return jax.reshard(value, gathered(weight.letters)).astype(compute)
+
+
+def matrices(params: Any) -> Any:
+    """Of each weight of a tree, whether it is a matrix (two letters or more); the tree's weights replaced by bools."""
+    return jax.tree.map(lambda w: len(w.letters) > 1, params, is_leaf=lambda w: isinstance(w, Weight))

@@ -1,18 +1,16 @@
 """The optimizer as optax transforms without a learning rate: the step multiplies by it, so that it follows the step count."""
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax import Array
 
-from llm_jax.model.weights import Weight
 from llm_jax.optim.config import OptimConfig
 
 
-def transform(cfg: OptimConfig, params: nnx.State) -> optax.GradientTransformation:
-    """Gradients to descent directions; matrices are decayed, vectors (one letter) never."""
-    decayed = jax.tree.map(lambda w: len(w.letters) > 1, params, is_leaf=lambda w: isinstance(w, Weight))
+def transform(cfg: OptimConfig, decayed: Any) -> optax.GradientTransformation:
+    """Gradients to descent directions; decayed says of each weight whether weight decay touches it."""
     return optax.chain(
         optax.scale_by_adam(cfg.b1, cfg.b2, cfg.eps),
         optax.add_decayed_weights(cfg.weight_decay, decayed),

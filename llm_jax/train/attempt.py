@@ -41,10 +41,10 @@ def attempt(run: Run, *, allow_drift: bool) -> int:
         if guards.stop():
             return guards.exit_code
         session = begin(run, mesh, prepared, allow_drift=allow_drift, report=report)
+        if session is None:
+            report(f"{run.run_dir} is finished after {run.train.steps} steps; next: llm-jax eval {run.run_dir}")
+            return exit_codes.DONE
         with contextlib.closing(session.checkpoints):
-            if session.done == run.train.steps:
-                report(f"{run.run_dir} is finished after {session.done} steps; next: llm-jax eval {run.run_dir}")
-                return exit_codes.DONE
             describe(session, report)
             report(f"ready for step {session.done + 1} after {time.monotonic() - started:.1f} s")
             code = go(session, guards)

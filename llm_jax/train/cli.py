@@ -1,36 +1,35 @@
-"""`llm-jax train`: puts a run together, and goes through it; on a run directory that exists it goes on."""
+"""`llm-jax train`: trains what a config describes, or goes on with it where it stopped."""
 
 from collections.abc import Sequence
 
-from llm_jax import exit_codes
+from llm_jax import command_line
 from llm_jax.run import from_command_line
 
-USAGE = """\
-usage: llm-jax train CONFIG [path=value ...] [--allow-drift]
+_DESCRIPTION = """\
+Train what a config describes, preparing its data first if need be. On a run directory with checkpoints it goes on from
+the newest; on a finished one it says so. Ctrl-C and SIGTERM save first and exit with 130 and 75: run it again."""
 
-Trains what the config describes, preparing its data first if need be. On a run directory with checkpoints it goes on
-from the newest; on a finished one it says so. Ctrl-C and SIGTERM save first (exit codes 130 and 75: run it again).
-
-  --allow-drift   go on although the config differs from the one that the run was begun with (shapes may never)
-
-examples:
+_EXAMPLES = """\
   llm-jax train configs/quickstart.py
-  llm-jax train configs/quickstart.py run_dir=runs/wide model.d_model=512 model.d_ff=1376
-  llm-jax train configs/quickstart.py mesh.fsdp=4 mesh.tensor=2     on eight devices: the same losses
-"""
+  llm-jax train configs/quickstart.py run_dir=runs/wide model.d_model=384 model.d_ff=1024
+  llm-jax train configs/quickstart.py mesh.fsdp=4 mesh.tensor=2      on eight devices: the same losses"""
 
 
 def main(argv: Sequence[str]) -> int:
-    """The verb. Raises Failure for what is foreseen."""
-    if "-h" in argv or "--help" in argv or not argv:
-        print(USAGE, end="")
-        return exit_codes.DONE if argv else exit_codes.USAGE
-    arguments = [a for a in argv if a != "--allow-drift"]
-    run = from_command_line(arguments[0], arguments[1:])
+    """The verb; returns the exit code. Raises Failure for what is foreseen."""
+    parser = command_line.Parser("train", _DESCRIPTION, _EXAMPLES)
+    command_line.add_run_arguments(parser)
+    parser.add_argument(
+        "--allow-drift",
+        action="store_true",
+        help="go on although the config differs from the one the run was begun with; weights must keep their shapes",
+    )
+    arguments = parser.read(argv)
+    run = from_command_line(arguments.config, arguments.overrides)
     # What takes seconds to import comes after the config was found good.
     from llm_jax.mesh import join_processes, keep_compiled
     from llm_jax.train.attempt import attempt
 
     keep_compiled()
     join_processes()
-    return attempt(run, allow_drift="--allow-drift" in argv)
+    return attempt(run, allow_drift=arguments.allow_drift)

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
 ENVIRONMENT = "environment.json"
 
 _PACKAGES = (
@@ -55,6 +53,8 @@ def record(run_dir: str | os.PathLike[str], restored_step: int, facts: Mapping[s
 
 def attempt(restored_step: int) -> dict[str, Any]:
     """What is known of this process's surroundings, as JSON values."""
+    import jax  # here, since whoever only reads the record needs none
+
     code = commit(Path(__file__).parent)
     devices = jax.devices()
     return {

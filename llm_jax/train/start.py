@@ -67,8 +67,12 @@ def data_of(run: Run, report: Callable[[str], None]) -> Prepared:
     return open_prepared(*wanted)
 
 
-def begin(run: Run, mesh: Mesh, prepared: Prepared, *, allow_drift: bool, report: Callable[[str], None]) -> Session:
-    """Compiles the step and restores the newest checkpoint, or makes the first state. Needs the mesh set.
+def begin(
+    run: Run, mesh: Mesh, prepared: Prepared, *, allow_drift: bool, report: Callable[[str], None]
+) -> Session | None:
+    """Restores the newest checkpoint, or makes the first state, and compiles the step; None for a finished run.
+
+    Needs the mesh set.
 
     Raises Refused where a checkpoint was made by another config (unless allowed), weights or tokenizer.
     """
@@ -79,16 +83,17 @@ def begin(run: Run, mesh: Mesh, prepared: Prepared, *, allow_drift: bool, report
     newest = checkpoints.newest_intact()
     if newest is not None:
         refuse_drift(checkpoints.meta(newest), run, prepared, allow_drift, report)
+        if newest == run.train.steps:
+            checkpoints.close()
+            return None
         state = restore_state(checkpoints, newest, abstract, mesh)
         report(f"resumed from {checkpoints.directory / str(newest)}")
     elif run.train.init_from is not None:
         state = start_from(run.train.init_from, run, prepared, abstract, mesh, report)
     else:
         state = jax.jit(lambda: init_state(run.model, run.optim, run.seed))()
-    done = 0 if newest is None else newest
-    # A finished run has no use for a compiled step.
-    step = compile_step(run, abstract, mesh, report) if done < run.train.steps else _no_step
-    return Session(run, mesh, prepared, checkpoints, step, state, done)
+    step = compile_step(run, abstract, mesh, report)
+    return Session(run, mesh, prepared, checkpoints, step, state, done=newest or 0)
 
 
 def compile_step(run: Run, abstract: TrainState, mesh: Mesh, report: Callable[[str], None]) -> Callable:
@@ -179,6 +184,3 @@ def _is_free(path: str) -> bool:
     # Which backend computes attention is settled anew on every machine.
     return path == "model.attention" or any(path == free or path.startswith(f"{free}.") for free in FREE_TO_CHANGE)
 
-
-def _no_step(state: TrainState, rows_ABU: Array) -> tuple[TrainState, Metrics]:
-    raise AssertionError("a finished run makes no step")

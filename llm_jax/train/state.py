@@ -11,6 +11,7 @@ from jax import Array
 
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Transformer
+from llm_jax.model.weights import matrices
 from llm_jax.optim.config import OptimConfig
 from llm_jax.optim.optimizer import transform
 
@@ -36,7 +37,7 @@ def init_state(cfg: ModelConfig, optim: OptimConfig, seed: int) -> TrainState:
 def with_params(params: nnx.State, optim: OptimConfig) -> TrainState:
     """A state at step 0 that starts from given weights."""
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, zero, params, transform(optim, params).init(params))
+    return TrainState(zero, zero, zero, params, transform(optim, matrices(params)).init(params))
 
 
 def abstract_state(cfg: ModelConfig, optim: OptimConfig) -> TrainState:

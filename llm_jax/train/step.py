@@ -12,6 +12,7 @@ from llm_jax.batch import Batch
 from llm_jax.mesh import acts
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import abstract_model
+from llm_jax.model.weights import matrices
 from llm_jax.objective import causal
 from llm_jax.objective.config import ObjectiveConfig
 from llm_jax.optim.config import OptimConfig
@@ -37,9 +38,9 @@ def make_step(
         weights = causal.weights(batch_A)
         gradient, sums = gradient_sums(state.params, batch_A, weights, cfg, objective)
 
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         gradient = jax.tree.map(lambda g: g * clip_scale(norm, optim).astype(g.dtype), gradient)
-        update = sharded_update(transform(optim, state.params), state)
+        update = sharded_update(transform(optim, matrices(state.params)), state)
         direction, opt_state = update(gradient, state.opt_state, state.params)
         lr = learning_rate(optim, state.step, steps)
         params = jax.tree.map(lambda p, d: p - lr * d, state.params, direction)
@@ -50,7 +51,13 @@ def make_step(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
         skipped = state.skipped + ~finite
-        metrics |= {"grad_norm": norm, "lr": lr, "tokens": weights["loss"].astype(jnp.int32), "finite": finite, "skipped": skipped}
+        metrics |= {
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": weights["loss"].astype(jnp.int32),
+            "finite": finite,
+            "skipped": skipped,
+        }
         metrics["batch_hash"] = batch_hash(rows_ABU, state.batch_index)
         return TrainState(state.step + 1, state.batch_index + 1, skipped, params, opt_state), metrics
 
