@@ -23,5 +23,5 @@ class EvalConfig(Config):
         """Raises ConfigError where windows would leave tokens out."""
         if self.stride is not None and self.stride > seq_len:
             raise ConfigError(
-                f"eval.stride = {self.stride} is more than data.seq_len = {seq_len}; tokens between windows would be lost"
+                f"eval.stride = {self.stride} is more than data.seq_len = {seq_len}; windows would leave tokens out"
             )

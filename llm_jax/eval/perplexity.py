@@ -1,0 +1,106 @@
+"""Held-out text: loss, bits a byte and accuracy, every byte of it scored once, and what compressors make of it."""
+
+import contextlib
+import lzma
+import zlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from llm_jax import exit_codes
+from llm_jax.data.errors import DataError
+from llm_jax.data.prepare import Prepared, documents
+from llm_jax.data.progress import progress
+from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.eval.figures import Sums
+from llm_jax.eval.scorer import Score
+from llm_jax.eval.windows import batched, pack
+
+
+class NotFinite(exit_codes.Failure):
+    """The model's scores are not numbers."""
+
+    exit_code = exit_codes.NON_FINITE
+
+
+class HeldOut(NamedTuple):
+    """A document: its name, its exact text, and its tokens (int32 [n]), BOS first."""
+
+    key: str
+    text: str
+    tokens: np.ndarray
+
+
+def read_held_out(prepared: Prepared, tokenizer: Tokenizer, split: str) -> list[HeldOut]:
+    """A split's documents in the order of their names.
+
+    Raises DataError where there is no text, or the tokenizer does not account for every byte of it exactly once.
+    """
+    texts = sorted(documents(prepared, split))
+    if not any(text for _, text in texts):
+        raise DataError(f"the {split} split has no text; raise data.{split}_share, or give more text")
+    encoded = tokenizer.encode_many([text for _, text in texts])
+    bos = np.array([tokenizer.bos_id], np.int32)
+    for (key, text), ids in zip(texts, encoded, strict=True):
+        there, told = len(text.encode()), int(tokenizer.piece_bytes[ids].sum())
+        if there != told:
+            raise DataError(f"{key} has {there} bytes, and its tokens stand for {told}; bits per byte would be wrong")
+    return [HeldOut(key, text, np.concatenate([bos, ids])) for (key, text), ids in zip(texts, encoded, strict=True)]
+
+
+def score_held_out(
+    score: Score,
+    params: nnx.State,
+    held_out: Sequence[HeldOut],
+    piece_bytes: np.ndarray,
+    *,
+    seq_len: int,
+    stride: int,
+    batch_rows: int,
+) -> Sums:
+    """Sums over every token of the documents, in windows of seq_len that move on by stride.
+
+    batch_rows is a multiple of the mesh's row axes' size; neither it nor the mesh matters to the result.
+    Raises NotFinite where a token's score is not a number.
+    """
+    sums = Sums()
+    n_tokens = sum(len(document.tokens) - 1 for document in held_out)
+    with _progress("scoring", n_tokens) as advance:
+        for rows in batched(pack((document.tokens for document in held_out), seq_len, stride), batch_rows):
+            nll_BT, correct_BT = score(params, rows)
+            nll_N, targets_N = nll_BT[rows.scored_BT], rows.targets_BT[rows.scored_BT]
+            if not np.isfinite(nll_N).all():
+                bad = int((~np.isfinite(nll_N)).sum())
+                raise NotFinite(
+                    f"{bad} of {len(nll_N)} tokens have a loss that is not a number: the weights are broken"
+                )
+            correct = int(correct_BT[rows.scored_BT].sum())
+            n_bytes = int(piece_bytes[targets_N].sum())
+            sums = sums.plus(Sums(float(nll_N.sum(dtype=np.float64)), correct, len(nll_N), n_bytes))
+            advance(len(nll_N))
+    assert sums.tokens == n_tokens
+    return sums
+
+
+def compressed(held_out: Sequence[HeldOut]) -> dict[str, float]:
+    """Bits a byte of the texts, one after the other, under zlib -9 and lzma (preset 9)."""
+    zlib_stream, lzma_stream = zlib.compressobj(9), lzma.LZMACompressor(preset=9)
+    n_bytes = zlib_bytes = lzma_bytes = 0
+    for document in held_out:
+        raw = document.text.encode()
+        n_bytes += len(raw)
+        zlib_bytes += len(zlib_stream.compress(raw))
+        lzma_bytes += len(lzma_stream.compress(raw))
+    zlib_bytes += len(zlib_stream.flush())
+    lzma_bytes += len(lzma_stream.flush())
+    return {"zlib_bits_per_byte": 8 * zlib_bytes / n_bytes, "lzma_bits_per_byte": 8 * lzma_bytes / n_bytes}
+
+
+def _progress(label: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+    """Process 0's progress speaks for all."""
+    if jax.process_index() == 0:
+        return progress(label, total)
+    return contextlib.nullcontext(lambda n: None)

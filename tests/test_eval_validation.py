@@ -1,0 +1,118 @@
+"""The look at held-out rows during training: exact sums over the first rows, whatever the batch and the mesh."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax.data.config import BOS_ID, PAD_ID
+from llm_jax.data.loader import Rows
+from llm_jax.eval.config import EvalConfig
+from llm_jax.eval.scorer import make_score
+from llm_jax.eval.validation import make_validation
+from llm_jax.eval.windows import Rows as Asked
+from llm_jax.objective.config import CausalConfig
+from tests.small import CFG, U, mesh_of, put_weights, ragged_rows, weights_of
+
+PIECE_BYTES = np.where(np.arange(CFG.vocab_size) < 5, 0, 1 + np.arange(CFG.vocab_size) % 7).astype(np.int32)
+ROWS_NU = np.concatenate([ragged_rows(0), ragged_rows(1)[:5]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Rows as the bytes that the store has of them."""
+
+    rows_NU: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows_NU)
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[bytes]:
+        return [self.rows_NU[n].astype(np.uint16).tobytes() for n in numbers]
+
+
+def validation(mesh, *, rows=64, batch_rows=8, cross_documents=False):
+    """(the function, weights to call it with); the mesh must be set."""
+    stored = Rows(Records(ROWS_NU), U, np.dtype(np.uint16), None)
+    config = EvalConfig(rows=rows, batch_rows=batch_rows)
+    validate = make_validation(
+        CFG, CausalConfig(z_loss=1e-3), config, stored, PIECE_BYTES, cross_documents=cross_documents
+    )
+    return validate, put_weights(weights_of(CFG), CFG, mesh)
+
+
+def look(mesh, **sizes):
+    with jax.set_mesh(mesh):
+        validate, params = validation(mesh, **sizes)
+        return validate(params, lambda: False)
+
+
+def by_the_scorer(n_rows):
+    """The same figures from each token's score, added up by numpy."""
+    rows_NU = ROWS_NU[:n_rows]
+    starts = rows_NU == BOS_ID
+    targets = rows_NU[:, 1:]
+    scored = (targets != BOS_ID) & (targets != PAD_ID)
+    index = np.arange(U)[None]
+    positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+    asked = Asked(
+        rows_NU[:, :-1],
+        np.cumsum(starts, 1)[:, :-1].astype(np.int32),
+        positions[:, :-1].astype(np.int32),
+        targets,
+        scored,
+    )
+    with jax.set_mesh(mesh_of()):
+        nll, correct = make_score(CFG)(put_weights(weights_of(CFG), CFG, mesh_of()), asked)
+    tokens, n_bytes = int(scored.sum()), int(PIECE_BYTES[targets[scored]].sum())
+    loss = nll[scored].sum(dtype=np.float64) / tokens
+    return {
+        "loss": pytest.approx(loss, rel=1e-6),
+        "perplexity": pytest.approx(math.exp(loss), rel=1e-5),
+        "bits_per_byte": pytest.approx(loss * tokens / math.log(2) / n_bytes, rel=1e-6),
+        "accuracy": correct[scored].sum() / tokens,
+        "tokens": tokens,
+        "bytes": n_bytes,
+    }
+
+
+@pytest.mark.parametrize("n_rows", [3, 8, 13, 64])
+def test_figures_are_over_the_first_rows_and_the_same_by_the_scorer(n_rows):
+    expected = by_the_scorer(min(n_rows, len(ROWS_NU)))
+    assert look(mesh_of(), rows=n_rows) == expected
+
+
+def test_neither_batch_nor_mesh_matters():
+    expected = by_the_scorer(13)
+    assert look(mesh_of(), rows=13, batch_rows=1) == expected
+    assert look(mesh_of(), rows=13, batch_rows=16) == expected
+    assert look(mesh_of(fsdp=8), rows=13) == expected
+    assert look(mesh_of(context=2, fsdp=2, tensor=2), rows=13, batch_rows=4) == expected
+
+
+def test_attention_across_documents_is_what_the_model_was_trained_with():
+    assert look(mesh_of(), cross_documents=True)["loss"] != pytest.approx(look(mesh_of())["loss"], rel=1e-3)
+
+
+def test_it_asks_once_before_each_batch_and_stops_when_told():
+    asked = []
+
+    def stop():
+        asked.append(None)
+        return len(asked) == 6
+
+    with jax.set_mesh(mesh_of()):
+        validate, params = validation(mesh_of(), rows=13, batch_rows=4)
+        assert validate(params, stop) is not None and len(asked) == 4
+        assert validate(params, stop) is None and len(asked) == 6
+
+
+def test_it_is_compiled_once(caplog):
+    with jax.set_mesh(mesh_of()), jax.log_compiles(), caplog.at_level("WARNING", "jax"):
+        validate, params = validation(mesh_of(), rows=13, batch_rows=4)
+        validate(params, lambda: False)
+        validate(params, lambda: False)
+    assert sum("Compiling jit(sums)" in record.getMessage() for record in caplog.records) == 1
