@@ -7,8 +7,9 @@ import numpy as np
 
 from llm_jax import command_line
 from llm_jax.config import ConfigError
-from llm_jax.data.prepare import is_prepared, open_prepared, prepare, rows_summary, text_summary
+from llm_jax.data.prepare import is_prepared, open_prepared, prepare
 from llm_jax.data.show import show_row
+from llm_jax.data.stages import rows_summary, text_summary
 from llm_jax.exit_codes import DONE
 from llm_jax.run import from_command_line
 

@@ -15,8 +15,9 @@ from typing import BinaryIO, cast
 from llm_jax.data.config import FilesSource, Source, StdlibSource, TfdsSource
 from llm_jax.data.errors import DataError
 
-# A longer document becomes several, cut at line ends: bounds the memory, and a record of 2 GB cannot be written at all.
-MAX_DOCUMENT_BYTES = 32 << 20
+# A longer document becomes several, cut at line ends: encoding one takes a hundred times its size at worst, and a
+# record of 2 GB cannot be written at all.
+MAX_DOCUMENT_BYTES = 8 << 20
 
 EMPTY, INVALID = "empty", "invalid UTF-8"
 

@@ -21,18 +21,24 @@ class DiskError(exit_codes.Failure):
     exit_code = exit_codes.CHECKPOINT
 
 
-DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+# What a full or broken disk answers.
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns a full or unwritable disk below folder into a DiskError."""
+    """Tells what the operating system has against writing into folder as a DiskError."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        # The array_record writer tells the operating system's words in a RuntimeError.
-        reasons = [os.strerror(code) for code in DISK_ERRNOS]
-        reason = next((reason for reason in reasons if reason in str(error)), None)
-        if reason is None:
+    except OSError as error:
+        raise _disk_error(folder, error.strerror or str(error)) from error
+    except RuntimeError as error:
+        # The array_record writer passes on the operating system's words, and nothing else of it.
+        reasons = [os.strerror(code) for code in DISK_ERRNOS if os.strerror(code) in str(error)]
+        if not reasons:
             raise
-        raise DiskError(f"cannot write {folder}: {reason}; make room there or set data.dir to another disk") from error
+        raise _disk_error(folder, reasons[0]) from error
+
+
+def _disk_error(folder: Path, reason: str) -> DiskError:
+    return DiskError(f"cannot write {folder}: {reason}; make room there or set data.dir to another disk")

@@ -12,7 +12,7 @@ import grain
 import jax
 import numpy as np
 
-from llm_jax.data import store
+from llm_jax.data import stages, store
 from llm_jax.data.config import PAD_ID
 from llm_jax.data.errors import DataError
 from llm_jax.data.prepare import Prepared
@@ -68,10 +68,10 @@ def open_rows(prepared: Prepared, split: str, seed: int | None = None) -> Rows:
     n_rows = prepared.rows_info["splits"][split]["rows"]
     if not n_rows:
         raise DataError(f"the {split} split has no rows; raise data.{split}_share, or give more text")
-    records = store.open_split(prepared.rows, "token_rows", split, store.RAW_BYTES)
+    records = store.open_split(prepared.rows, stages.ROWS, split, store.RAW_BYTES)
     order = None if seed is None else _endless_order(n_rows, seed)
     rows = Rows(records, prepared.seq_len + 1, np.dtype(prepared.rows_info["dtype"]), order)
-    parsed = store.open_split(prepared.rows, "token_rows", split).__getitems__([0])[0]["tokens"]
+    parsed = store.open_split(prepared.rows, stages.ROWS, split).__getitems__([0])[0]["tokens"]
     if len(records) != n_rows or not np.array_equal(rows._decoded(records.__getitems__([0]))[0], parsed):
         raise DataError(f"{prepared.rows} is not what was written; delete it and prepare again")
     return rows

@@ -4,7 +4,7 @@ A row's last token is the next row's first one, so that every token but the firs
 row is filled up with PAD, which no loss counts.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -20,29 +20,23 @@ def row_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
-def rows(
-    texts: Iterable[str], tokenizer: Tokenizer, seq_len: int, done: Callable[[str], None]
-) -> Iterator[tuple[np.ndarray, int]]:
-    """(row [U], tokens of it that no earlier row has) in order; done is called with each text once it is in rows."""
+def rows(texts: Iterable[str], tokenizer: Tokenizer, seq_len: int) -> Iterator[np.ndarray]:
+    """row_U after row_U, of row_dtype; no text gives no row."""
     dtype = row_dtype(tokenizer.vocab_size)
     bos = np.array([BOS_ID], dtype)
-    rest = np.empty(0, dtype)
-    first = True
+    rest = np.empty(0, dtype)  # begins with the last token of the row before
+    n_rows = 0
     for group in _together(texts):
-        parts = [rest]
-        for ids in tokenizer.encode_many(group):
-            parts += [bos, ids.astype(dtype)]
-        tokens = np.concatenate(parts)
-        n_rows = max((len(tokens) - 1) // seq_len, 0)
-        for k in range(n_rows):
-            yield tokens[k * seq_len : (k + 1) * seq_len + 1], seq_len + first
-            first = False
-        rest = tokens[n_rows * seq_len :]
-        for text in group:
-            done(text)
-    if len(rest) > 1 or (first and len(rest)):
-        padding = np.full(seq_len + 1 - len(rest), PAD_ID, dtype)
-        yield np.concatenate([rest, padding]), len(rest) - 1 + first
+        tokens = np.concatenate(
+            [rest, *(part for ids in tokenizer.encode_many(group) for part in (bos, ids.astype(dtype)))]
+        )
+        while len(tokens) > seq_len:
+            yield tokens[: seq_len + 1]
+            tokens = tokens[seq_len:]
+            n_rows += 1
+        rest = tokens
+    if len(rest) > 1 or (len(rest) and not n_rows):
+        yield np.concatenate([rest, np.full(seq_len + 1 - len(rest), PAD_ID, dtype)])
 
 
 def _together(texts: Iterable[str]) -> Iterator[list[str]]:

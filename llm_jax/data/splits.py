@@ -47,12 +47,15 @@ class Plan:
     with_nul: int
     """Kept documents that contain a NUL character; it is kept, too."""
 
+    def total_bytes(self) -> int:
+        """Of what is kept."""
+        return int(self.bytes_N[self.split_N != DROPPED].sum())
+
     def split_sizes(self) -> dict[str, int]:
         """Bytes of each split; approximate where documents are cut."""
-        total = int(self.bytes_N[self.split_N != DROPPED].sum())
         if self.cut is not None:
             borders = (0.0, *self.cut, 1.0)
-            return {split: round((borders[i + 1] - borders[i]) * total) for i, split in enumerate(SPLITS)}
+            return {split: round((borders[i + 1] - borders[i]) * self.total_bytes()) for i, split in enumerate(SPLITS)}
         return {split: int(self.bytes_N[self.split_N == i].sum()) for i, split in enumerate(SPLITS)}
 
 

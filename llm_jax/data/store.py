@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -86,18 +87,29 @@ class TokenRows(tfds.core.ShardBasedBuilder):
         return self.split_shards
 
 
-def shards(examples: Iterable[Example], n_bytes: int, share_done: Callable[[], float]) -> Shards:
-    """Divides a stream into consecutive shards.
+@dataclass
+class Meter:
+    """How much of a split has been drawn, in bytes of its text."""
 
-    n_bytes: roughly what will be written; share_done: how much of it the examples drawn so far are, from 0 to 1.
-    """
+    total: int
+    advance: Callable[[int], None]
+    done: int = 0
+
+    def add(self, n: int) -> None:
+        """Counts n more bytes."""
+        self.done += n
+        self.advance(n)
+
+
+def shards(examples: Iterable[Example], meter: Meter) -> Shards:
+    """Divides a stream into consecutive shards; drawing from it moves the meter."""
     stream = enumerate(examples)
-    n_shards = max(-(-n_bytes // SHARD_BYTES), 1)
+    n_shards = max(-(-meter.total // SHARD_BYTES), 1)
 
     def shard(i: int) -> Iterator[tuple[int, Example]]:
         for numbered in stream:
             yield numbered
-            if i + 1 < n_shards and share_done() >= (i + 1) / n_shards:
+            if i + 1 < n_shards and meter.done * n_shards >= (i + 1) * meter.total:
                 return
 
     return [partial(shard, i) for i in range(n_shards)]
@@ -116,7 +128,7 @@ def open_split(folder: Path, dataset: str, split: str, method: DeserializeMethod
     return builder.as_data_source(split=split, deserialize_method=method)  # pyright: ignore[reportCallIssue]
 
 
-def read_split(folder: Path, dataset: str, split: str, order: Sequence[int] | None = None) -> Iterator[Example]:
+def read_split(folder: Path, dataset: str, split: str, order: Iterable[int] | None = None) -> Iterator[Example]:
     """The examples of a split in stored or in the given order; none where the split does not exist."""
     if not list((folder / dataset / "1.0.0").glob(f"{dataset}-{split}.*")):
         return

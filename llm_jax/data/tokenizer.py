@@ -81,14 +81,13 @@ class Tokenizer:
         return self.encode_many([text], threads=1)[0]
 
     def encode_many(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
-        """int32 [n] for each text, on all cores unless told. Raises ValueError for lone surrogates."""
+        """int32 [n] for each text, on all cores unless told. Raises UnicodeEncodeError for lone surrogates."""
+        for text in texts:
+            text.encode()
         chunks_of = [[_chunks(part, self.kind) for part in text.split(SPACE)] for text in texts]
         flat = [chunk for parts in chunks_of for chunks in parts for chunk in chunks]
         threads = threads or len(os.sched_getaffinity(0))
-        try:
-            ids = iter(self.processor.encode(flat, return_type="numpy", num_threads=threads))
-        except RuntimeError as error:
-            raise ValueError("the text has lone surrogates, which UTF-8 cannot spell") from error
+        ids = iter(self.processor.encode(flat, return_type="numpy", num_threads=threads))
         return [self._joined(parts, ids) for parts in chunks_of]
 
     def decode(self, ids: Iterable[int]) -> str:
