@@ -1,0 +1,75 @@
+"""`llm-jax eval` and `llm-jax generate`: their arguments, read before what takes seconds to import."""
+
+from collections.abc import Sequence
+
+from llm_jax import exit_codes
+from llm_jax.command_line import Parser
+from llm_jax.config import ConfigError
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """The verb `eval`; returns its exit code. Raises Failure for what is foreseen."""
+    parser = Parser(
+        "eval",
+        "Scores a checkpoint on held-out text: loss, perplexity, bits per byte (every byte scored once) and\n"
+        "next-token accuracy, beside zlib -9 and lzma on the same bytes. Adds a line to RUN_DIR/eval.jsonl.",
+        "  llm-jax eval runs/quickstart\n"
+        "  llm-jax eval runs/quickstart --step 500 --json\n"
+        "  llm-jax eval runs/quickstart eval.stride=32 mesh.tensor=4     more context for every token; on a mesh",
+    )
+    _add_run_directory(parser)
+    parser.add_argument(
+        "--split", choices=("test", "validation"), default="test", help="which held-out text (default: test)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    arguments = parser.read(argv)
+    from llm_jax.eval.evaluation import evaluate_checkpoint
+
+    evaluate_checkpoint(
+        arguments.run_dir, arguments.step, arguments.overrides, split=arguments.split, as_json=arguments.json
+    )
+    return exit_codes.DONE
+
+
+def generate(argv: Sequence[str]) -> int:
+    """The verb `generate`; returns its exit code. Raises Failure for what is foreseen."""
+    parser = Parser(
+        "generate",
+        "Continues prompts with text from a checkpoint, printed as it comes. A seed gives the same text on every mesh.",
+        '  llm-jax generate runs/quickstart --prompt "def main("\n'
+        '  llm-jax generate runs/quickstart --prompt "import " --temperature 0 --max-tokens 50',
+    )
+    _add_run_directory(parser)
+    parser.add_argument(
+        "--prompt", action="append", help="the beginning; may be given several times (default: an empty one)"
+    )
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="at most so many new tokens (128)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token each time (0.8)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="everything random follows from it (0)")
+    arguments = parser.read(argv)
+    if arguments.max_tokens < 1:
+        raise ConfigError(f"--max-tokens {arguments.max_tokens}: must be at least 1")
+    if not 0 <= arguments.temperature <= 100:
+        raise ConfigError(f"--temperature {arguments.temperature:g}: must be from 0 to 100")
+    if not 0 <= arguments.seed < 2**31:
+        raise ConfigError(f"--seed {arguments.seed}: must be from 0 to {2**31 - 1}")
+    prompts = arguments.prompt or [""]
+    for prompt in prompts:
+        if any("\ud800" <= char <= "\udfff" for char in prompt):
+            raise ConfigError(f"--prompt {prompt!a}: is not UTF-8")
+    from llm_jax.eval.evaluation import generate_text
+    from llm_jax.eval.generate import Sampling
+
+    sampling = Sampling(arguments.max_tokens, arguments.temperature, arguments.seed)
+    generate_text(arguments.run_dir, arguments.step, arguments.overrides, prompts, sampling)
+    return exit_codes.DONE
+
+
+def _add_run_directory(parser: Parser) -> None:
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="a run's directory, such as runs/quickstart; only read")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="path=value", help="change a field of eval or mesh, or data.dir"
+    )
+    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the newest intact one)")

@@ -1,0 +1,172 @@
+"""What the verbs do: a checkpoint is found, put on this job's devices, and scored or sampled from."""
+
+import datetime
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+
+from llm_jax import exit_codes
+from llm_jax.data.errors import DataError
+from llm_jax.data.prepare import Prepared, open_prepared
+from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.eval.figures import figures
+from llm_jax.eval.generate import Sampling, make_next_token, sample, stream
+from llm_jax.eval.perplexity import compressed, read_held_out, score_held_out
+from llm_jax.eval.restore import Found, adapt, find, mesh_of, restore_params, row_parts
+from llm_jax.eval.scorer import make_score
+from llm_jax.mesh import join_processes, keep_compiled
+from llm_jax.run import Run
+
+# What an evaluation shows of the model's text: a held-out document's beginning, continued.
+PROMPT_CHARACTERS = 80
+SAMPLING = Sampling(max_tokens=128, temperature=0.8, seed=0)
+
+
+class Opened(NamedTuple):
+    """A checkpoint on this job's devices; the run's mesh and attention are settled for them."""
+
+    found: Found
+    run: Run
+    mesh: Mesh
+
+
+class ResultError(exit_codes.Failure):
+    """The result cannot be written down."""
+
+    exit_code = exit_codes.CHECKPOINT
+
+
+def evaluate_checkpoint(
+    run_dir: str, step: int | None, overrides: Sequence[str], *, split: str, as_json: bool
+) -> dict[str, Any]:
+    """Scores held-out text, prints the result, and adds it to the run's eval.jsonl; returns it."""
+    with opened(run_dir, step, overrides) as (found, run, mesh):
+        prepared = same_data(found, run)
+        held_out = read_held_out(prepared, found.tokenizer, split)
+        params = restore_params(found, run.model, mesh)
+        stride = run.eval.stride or run.data.seq_len // 2
+        sums = score_held_out(
+            make_score(run.model),
+            params,
+            held_out,
+            found.tokenizer.piece_bytes,
+            seq_len=run.data.seq_len,
+            stride=stride,
+            batch_rows=-(-run.eval.batch_rows // row_parts(mesh)) * row_parts(mesh),
+        )
+        result = {
+            "step": found.step,
+            **figures(sums),
+            **compressed(held_out),
+            "split": split,
+            "stride": stride,
+            "seen_long_lines": prepared.text_info["leaked_share"] if split == "test" else None,
+        }
+        text = beginning_continued(params, run, found.tokenizer, held_out[0].text)
+    if jax.process_index() == 0:
+        if as_json:
+            print(json.dumps(result), flush=True)
+        else:
+            show(run.name, result, text)
+        append(Path(run_dir, "eval.jsonl"), result | {"time": now(), "sample": text})
+    return result
+
+
+def generate_text(
+    run_dir: str, step: int | None, overrides: Sequence[str], prompts: Sequence[str], sampling: Sampling
+) -> None:
+    """Prints each prompt and its continuation as it comes."""
+    with opened(run_dir, step, overrides) as (found, run, mesh):
+        params = restore_params(found, run.model, mesh)
+        next_token = make_next_token(run.model, run.data.seq_len)
+        for row, prompt in enumerate(prompts):
+            write(f"[{row + 1}/{len(prompts)}] " * (len(prompts) > 1) + prompt)
+            for text in stream(next_token, params, found.tokenizer, prompt, sampling, row):
+                write(text)
+            write("\n")
+
+
+@contextmanager
+def opened(run_dir: str, step: int | None, overrides: Sequence[str]) -> Iterator[Opened]:
+    """Joins the job's processes, finds the checkpoint, and sets the mesh for as long as it is open."""
+    keep_compiled()
+    join_processes()
+    found = find(run_dir, step)
+    run, sizes = adapt(found.run, overrides, jax.device_count(), jax.default_backend())
+    mesh = mesh_of(sizes)
+    axes = " * ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+    if jax.process_index() == 0:
+        print(f"checkpoint {found.step} of {run_dir} on {axes}, attention {run.model.attention}", file=sys.stderr)
+    with jax.set_mesh(mesh):
+        yield Opened(found, run, mesh)
+
+
+def same_data(found: Found, run: Run) -> Prepared:
+    """The data that the run was trained and is evaluated on. Raises DataError where it is not there, or another one."""
+    prepared = open_prepared(run.data, run.tokenizer, run.model.vocab_size, run.seed)
+    if prepared.fingerprint != found.data_fingerprint:
+        raise DataError(
+            f"the text prepared below {run.data.dir} is not what {found.directory} was trained on, so what is held out "
+            "may have been trained on; point data.dir to the data of that run"
+        )
+    return prepared
+
+
+def beginning_continued(params: nnx.State, run: Run, tokenizer: Tokenizer, text: str) -> dict[str, str]:
+    """A document's beginning and the model's continuation of it."""
+    prompt = text[:PROMPT_CHARACTERS]
+    next_token = make_next_token(run.model, run.data.seq_len)
+    return {"prompt": prompt, "text": sample(next_token, params, tokenizer, prompt, SAMPLING)}
+
+
+def show(name: str, result: Mapping[str, Any], text: Mapping[str, str]) -> None:
+    """Prints a table of the result, and the sample."""
+    table = Table(
+        title=f"{name} after {result['step']} steps, on held-out {result['split']} text", title_justify="left"
+    )
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_row("bits per byte", f"{result['bits_per_byte']:.3f}")
+    table.add_row("  of zlib -9", f"{result['zlib_bits_per_byte']:.3f}")
+    table.add_row("  of lzma", f"{result['lzma_bits_per_byte']:.3f}")
+    table.add_row("loss (nats per token)", f"{result['loss']:.4f}")
+    perplexity = result["perplexity"]
+    table.add_row("perplexity", "overflow" if perplexity is None else f"{perplexity:.4g}")
+    table.add_row("next-token accuracy", f"{100 * result['accuracy']:.1f}%")
+    table.add_row("tokens, each scored once", f"{result['tokens']:,}")
+    table.add_row("bytes they stand for", f"{result['bytes']:,}")
+    table.add_row("windows move on by", f"{result['stride']} tokens")
+    if result["seen_long_lines"] is not None:
+        table.add_row("its long lines that training saw", f"{100 * result['seen_long_lines']:.1f}%")
+    Console().print(table)
+    print(f"\na sample, after the first {len(text['prompt'])} characters of a held-out document:\n")
+    print(text["prompt"] + text["text"], flush=True)
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds a line of JSON to a file. Raises ResultError where it cannot be written."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise ResultError(f"the result cannot be added to {path}: {error.strerror}") from error
+
+
+def now() -> str:
+    """The time as ISO 8601, UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write(text: str) -> None:
+    """Process 0 writes for all, at once."""
+    if jax.process_index() == 0:
+        print(text, end="", flush=True)

@@ -1,0 +1,366 @@
+"""`llm-jax eval` and `llm-jax generate` on a run directory made by hand: what they say, and what they refuse."""
+
+import dataclasses
+import hashlib
+import json
+import lzma
+import random
+import shutil
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax.checkpoint import CheckpointError, Checkpoints
+from llm_jax.config import ConfigError, tree
+from llm_jax.data.config import DataConfig, FilesSource
+from llm_jax.data.errors import DataError
+from llm_jax.data.prepare import Prepared, documents, prepare
+from llm_jax.eval import cli as cli_module
+from llm_jax.eval.config import EvalConfig
+from llm_jax.eval.evaluation import evaluate_checkpoint, generate_text
+from llm_jax.eval.generate import Sampling
+from llm_jax.eval.restore import adapt, default_mesh, find, restore_params
+from llm_jax.mesh import make_mesh
+from llm_jax.model.config import ModelConfig
+from llm_jax.model.paths import to_tree
+from llm_jax.optim.config import AdamWConfig
+from llm_jax.run import Run, check
+from llm_jax.run_directory import Refused
+from llm_jax.train.config import MeshConfig
+from llm_jax.train.start import checkpoint_meta
+from llm_jax.train.state import TrainState, init_state
+from tests.conftest import Cli, LaunchProcesses, Start
+from tests.small import mesh_of
+
+MODEL = ModelConfig(d_model=16, d_ff=32, n_layers=2, n_heads=8, n_kv_heads=4, d_head=4, vocab_size=320)
+NAMES = ("step", "loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes")
+SHORT = Sampling(max_tokens=5, temperature=1.0, seed=0)
+
+
+class Made(NamedTuple):
+    """A run directory with checkpoints 10 and 20, as training leaves it."""
+
+    run_dir: Path
+    run: Run
+    prepared: Prepared
+
+
+def write_texts(folder: Path) -> None:
+    """Fifty files of a few lines of invented words, and a longer one."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 7))) for _ in range(200)]
+    folder.mkdir()
+    for n in range(50):
+        n_lines = 200 if n == 7 else draw.randint(1, 25)
+        lines = [" ".join(draw.choices(words, k=draw.randint(1, 9))) for _ in range(n_lines)]
+        lines[0] += draw.choice(("", " \u00e9\u20ac"))
+        (folder / f"{n:02}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def save(run_dir: Path, step: int, state: TrainState, meta: dict) -> None:
+    checkpoints = Checkpoints(run_dir / "checkpoints", keep=9)
+    checkpoints.save(step, jax.jit(to_tree)(state), meta, wait=True)
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    root = tmp_path_factory.mktemp("made")
+    write_texts(root / "texts")
+    run_dir = root / "run"
+    data = DataConfig(
+        source=FilesSource(paths=(str(root / "texts"),)),
+        seq_len=32,
+        dir=str(root / "data"),
+        validation_share=0.2,
+        test_share=0.2,
+    )
+    # No mesh of any machine: training's is not evaluation's.
+    run = Run(name="made", run_dir=str(run_dir), model=MODEL, data=data, mesh=MeshConfig(data=64, fsdp=2))
+    prepared = prepare(data, run.tokenizer, MODEL.vocab_size, run.seed, report=lambda line: None)
+    meta = checkpoint_meta(run, prepared, {})
+    with jax.set_mesh(mesh_of(fsdp=8)):
+        for step in (10, 20):
+            save(run_dir, step, jax.jit(lambda seed=step: init_state(MODEL, AdamWConfig(), seed))(), meta)
+    (run_dir / "tokenizer.model").write_bytes(prepared.tokenizer.model)
+    return Made(run_dir, run, prepared)
+
+
+@pytest.fixture
+def copy(made: Made, tmp_path: Path) -> Path:
+    """The run directory, to be damaged."""
+    return Path(shutil.copytree(made.run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("eval.jsonl")))
+
+
+def evaluate(run_dir: Path, *overrides: str, step: int | None = None, split="test", as_json=True) -> dict:
+    return evaluate_checkpoint(str(run_dir), step, overrides, split=split, as_json=as_json)
+
+
+def meta_of(run_dir: Path) -> dict:
+    with_reader = Checkpoints(run_dir / "checkpoints", read_only=True)
+    meta = with_reader.meta(20)
+    with_reader.close()
+    return meta
+
+
+def raw_text(made: Made, split: str) -> bytes:
+    return b"".join(text.encode() for _, text in sorted(documents(made.prepared, split)))
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_json_is_one_object_with_every_byte_of_the_held_out_text(made, split, capsys):
+    evaluate(made.run_dir, split=split)
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    raw = raw_text(made, split)
+    assert tuple(told) == (*NAMES, "zlib_bits_per_byte", "lzma_bits_per_byte", "split", "stride", "seen_long_lines")
+    assert told["step"] == 20 and told["split"] == split and told["stride"] == 16
+    assert told["bytes"] == len(raw) == made.prepared.text_info["splits"][split]["bytes"] > 1000
+    assert told["zlib_bits_per_byte"] == 8 * len(zlib.compress(raw, 9)) / len(raw)
+    assert told["lzma_bits_per_byte"] == 8 * len(lzma.compress(raw, preset=9)) / len(raw)
+    assert told["bits_per_byte"] == pytest.approx(told["loss"] * told["tokens"] / np.log(2) / len(raw))
+    assert told["perplexity"] == pytest.approx(np.exp(told["loss"]))
+    assert told["seen_long_lines"] == (made.prepared.text_info["leaked_share"] if split == "test" else None)
+    assert err.splitlines() == [f"checkpoint 20 of {made.run_dir} on fsdp 8, attention chunked"]
+
+
+def test_the_table_and_a_sample_are_for_people_and_a_line_is_for_the_report(copy, capsys):
+    result = evaluate(copy, as_json=False, step=10)
+    out = capsys.readouterr().out
+    (record,) = map(json.loads, (copy / "eval.jsonl").read_text().splitlines())
+    assert {name: record[name] for name in result} == result and result["step"] == 10
+    assert record.keys() - result.keys() == {"time", "sample"} and record["time"].endswith("+00:00")
+    assert "made after 10 steps, on held-out test text" in out
+    for value in (f"{result['bits_per_byte']:.3f}", f"{result['loss']:.4f}", f"{result['bytes']:,}"):
+        assert value in out
+    assert record["sample"]["prompt"] + record["sample"]["text"] in out
+    evaluate(copy, as_json=False)
+    assert [json.loads(line)["step"] for line in (copy / "eval.jsonl").read_text().splitlines()] == [10, 20]
+
+
+def test_neither_mesh_nor_batch_matters_to_a_figure(made, capsys):
+    expected = evaluate(made.run_dir, "mesh.data=1", "eval.batch_rows=3")
+    assert "the mesh takes 1 of 8 devices" in capsys.readouterr().err
+    for overrides in (["mesh.tensor=4"], ["mesh.context=2", "mesh.tensor=2", "mesh.fsdp=2", "model.attention=xla"]):
+        result = evaluate(made.run_dir, *overrides)
+        assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5), overrides
+        assert result["accuracy"] == pytest.approx(expected["accuracy"], abs=2 / expected["tokens"]), overrides
+        assert (result["tokens"], result["bytes"]) == (expected["tokens"], expected["bytes"])
+
+
+def test_a_shorter_stride_gives_more_context_and_scores_the_same_bytes(made):
+    short, long = evaluate(made.run_dir, "eval.stride=4"), evaluate(made.run_dir, "eval.stride=32")
+    assert short["stride"] == 4 and long["stride"] == 32
+    assert short["bytes"] == long["bytes"] and short["tokens"] == long["tokens"]
+    assert short["loss"] != long["loss"]
+
+
+def test_as_processes_it_knows_no_training_and_several_agree(made, start: Start, launch_processes: LaunchProcesses):
+    program = (
+        "import sys; from llm_jax.__main__ import main; code = main(sys.argv[1:]); "
+        "print([m for m in sorted(sys.modules) if m.startswith(('llm_jax.train.', 'llm_jax.optim.')) "
+        "and not m.endswith('.config')], file=sys.stderr); sys.exit(code)"
+    )
+    arguments = ["-c", program, "eval", str(made.run_dir), "--step", "10", "--json"]
+    alone = start(*arguments, devices=1).wait()
+    assert alone.returncode == 0, alone.stderr
+    assert alone.stderr.splitlines()[-1] == "[]"
+    first, second = launch_processes(2, 4, [*arguments, "mesh.tensor=4"])
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    # XLA's CPU collectives announce themselves on stdout.
+    said = [[line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")] for done in (first, second)]
+    assert len(said[0]) == 1 and said[1] == []
+    ours, theirs = json.loads(alone.stdout), json.loads(said[0][0])
+    assert theirs.pop("loss") == pytest.approx(ours.pop("loss"), rel=1e-5)
+    for name in ("perplexity", "bits_per_byte"):
+        assert theirs.pop(name) == pytest.approx(ours.pop(name), rel=1e-4)
+    assert theirs.pop("accuracy") == pytest.approx(ours.pop("accuracy"), abs=2 / ours["tokens"])
+    assert ours == theirs
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() + str(path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_checkpoints_are_only_read_even_damaged_ones(copy, capsys):
+    victim = next(path for path in (copy / "checkpoints" / "20").rglob("*") if path.parent.name == "d")
+    victim.write_bytes(victim.read_bytes()[:-1])
+    before = digests(copy / "checkpoints")
+    assert evaluate(copy)["step"] == 10
+    err = capsys.readouterr().err
+    assert "20 is damaged" in err and "the one before is used" in err
+    with pytest.raises(CheckpointError, match=rf"checkpoints/20 .*{victim.name}"):
+        evaluate(copy, step=20)
+    assert digests(copy / "checkpoints") == before
+
+
+def test_when_every_checkpoint_is_damaged_it_says_so(copy):
+    for step in (10, 20):
+        (copy / "checkpoints" / str(step) / "record.json").unlink()
+    with pytest.raises(CheckpointError, match=r"every checkpoint is damaged$"):
+        evaluate(copy)
+
+
+def test_weights_alone_are_restored_whatever_the_optimizer_kept(made, copy):
+    with jax.set_mesh(mesh_of(fsdp=8)):
+        state = jax.jit(lambda: init_state(MODEL, AdamWConfig(), 20))()
+        odd = dataclasses.replace(state, opt_state={"odd": state.step})
+        save(copy, 30, odd, meta_of(copy))
+    here, there = evaluate(copy), evaluate(made.run_dir)
+    assert here["step"] == 30 and here["loss"] == there["loss"]
+
+
+def test_restored_weights_are_the_saved_ones_bit_for_bit_on_any_mesh(made):
+    with jax.set_mesh(mesh_of()):
+        saved = jax.device_get(jax.jit(lambda: init_state(MODEL, AdamWConfig(), 20).params)())
+    found = find(made.run_dir)
+    run, sizes = adapt(found.run, ["mesh.context=2", "mesh.tensor=2"], 8, "cpu")
+    mesh = make_mesh(sizes)
+    with jax.set_mesh(mesh):
+        params = restore_params(found, run.model, mesh)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), saved)
+
+
+def rewrite(copy: Path, **changes: object) -> None:
+    """Checkpoint 30: that of another version, as its record says."""
+    with jax.set_mesh(mesh_of(fsdp=8)):
+        save(copy, 30, jax.jit(lambda: init_state(MODEL, AdamWConfig(), 20))(), meta_of(copy) | changes)
+
+
+def test_what_another_version_wrote_is_refused_in_words(made, copy):
+    rewrite(copy, format=2)
+    with pytest.raises(Refused, match=r"checkpoint 30 of \S+ has format 2; this version of llm_jax reads format 1$"):
+        evaluate(copy)
+    newer = tree(made.run)
+    newer["model"]["n_hats"] = 3
+    shutil.rmtree(copy / "checkpoints" / "30")
+    rewrite(copy, run=newer)
+    with pytest.raises(Refused, match=r"was written by another version of llm_jax:\n  model\.n_hats: no such field"):
+        evaluate(copy)
+    assert evaluate(copy, step=20)["step"] == 20
+
+
+def test_a_tokenizer_that_the_weights_do_not_know_is_refused(made, copy, tmp_path):
+    data = made.run.data.model_copy(update={"dir": str(tmp_path / "other")})
+    other = prepare(data, made.run.tokenizer, 321, 0, report=lambda line: None)
+    (copy / "tokenizer.model").write_bytes(other.tokenizer.model)
+    with pytest.raises(Refused, match=r"tokenizer\.model is not the tokenizer that the weights were trained with"):
+        evaluate(copy)
+    (copy / "tokenizer.model").unlink()
+    with pytest.raises(Refused, match=r"tokenizer\.model is missing; without it the weights mean nothing"):
+        evaluate(copy)
+
+
+def test_other_text_than_the_runs_is_refused(made, copy, tmp_path):
+    with pytest.raises(DataError, match=r"^nothing prepared for this config"):
+        evaluate(copy, f"data.dir={tmp_path / 'nowhere'}")
+    rewrite(copy, data="0" * 64)
+    with pytest.raises(DataError, match=r"is not what .* was trained on, so what is held out may have been trained on"):
+        evaluate(copy)
+
+
+def test_there_has_to_be_such_a_checkpoint(made, tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere: no such run directory$"):
+        evaluate(tmp_path / "nowhere")
+    (tmp_path / "run").mkdir()
+    with pytest.raises(Refused, match="has no checkpoint yet; llm-jax train saves one"):
+        evaluate(tmp_path / "run")
+    with pytest.raises(Refused, match=r"has no checkpoint 15; there are 10, 20$"):
+        evaluate(made.run_dir, step=15)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model.d_model=32",
+            r"^model\.d_model=32: an evaluation can only change eval, mesh, data\.dir, model",
+        ),
+        ("eval.stride=33", r"^eval\.stride = 33 is more than data\.seq_len = 32"),
+        ("eval.strid=3", r"^eval\.strid: no such field; did you mean"),
+        ("evaluation.stride=3", r"an evaluation can only change"),
+        ("mesh.tensor=8", r"^model\.n_kv_heads = 4 is not divisible by mesh\.tensor = 8"),
+        ("mesh.fsdp=-1", r"^mesh: more than one axis is -1 \(data, fsdp\)"),
+        ("mesh.fsdp=0", r"^mesh\.fsdp = 0; an axis has at least 1 device"),
+        ("mesh.data=16", r"^mesh needs 16 devices"),
+    ],
+)
+def test_mistakes_in_one_line(made, override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        evaluate(made.run_dir, override)
+    assert len(caught.value.lines) == 1
+
+
+def test_the_mesh_is_the_trained_one_where_it_fits_else_fsdp():
+    trained = MeshConfig(data=2, tensor=4)
+    assert default_mesh(trained, 8) == trained
+    assert default_mesh(MeshConfig(), 8) == MeshConfig()
+    assert default_mesh(trained, 4) == default_mesh(trained, 16) == MeshConfig(data=1, fsdp=-1)
+
+
+def test_attention_is_settled_for_the_machine_that_evaluates():
+    run = Run(model=MODEL.model_copy(update={"attention": "chunked"}))
+    assert adapt(run, [], 1, "gpu")[0].model.attention == "xla"
+    assert adapt(run, ["model.attention=chunked"], 1, "gpu")[0].model.attention == "chunked"
+
+
+def test_a_batch_is_rounded_up_to_the_devices(made):
+    assert evaluate(made.run_dir, "mesh.fsdp=2", "mesh.data=3", "eval.batch_rows=5")["bytes"] > 0
+
+
+def test_a_result_that_cannot_be_written_is_told_after_it_was_printed(copy, capsys):
+    (copy / "eval.jsonl").mkdir()
+    with pytest.raises(Exception, match=r"the result cannot be added to \S+eval\.jsonl: Is a directory") as caught:
+        evaluate(copy)
+    assert caught.value.exit_code == 74
+    assert json.loads(capsys.readouterr().out)["step"] == 20
+
+
+def test_generate_prints_the_prompt_and_what_follows(made, capsys):
+    generate_text(str(made.run_dir), None, [], ["ab"], SHORT)
+    first = capsys.readouterr().out
+    generate_text(str(made.run_dir), None, ["mesh.tensor=4"], ["ab"], SHORT)
+    assert first == capsys.readouterr().out
+    assert first.startswith("ab") and first.endswith("\n") and len(first) > 3
+    generate_text(str(made.run_dir), 10, [], ["ab", "cd"], SHORT)
+    several = capsys.readouterr().out
+    assert several.startswith("[1/2] ab") and "\n[2/2] cd" in several
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("generate", "--max-tokens", "0"), "--max-tokens 0: must be at least 1"),
+        (("generate", "--temperature", "-1"), "--temperature -1: must be from 0 to 100"),
+        (("generate", "--temperature", "nan"), "--temperature nan: must be from 0 to 100"),
+        (("generate", "--prompt", "\udcff"), r"--prompt '\udcff': is not UTF-8"),
+        (("generate", "--seed", "-3"), "--seed -3: must be from 0 to 2147483647"),
+        (("generate", "--promt", "x"), "llm-jax generate: --promt: no such option; did you mean --prompt?"),
+        (("eval", "--stepp=5"), "llm-jax eval: --stepp=5: no such option; did you mean --step?"),
+    ],
+)
+def test_mistakes_in_arguments_in_one_line(arguments, line):
+    verb = {"generate": cli_module.generate, "eval": cli_module.evaluate}[arguments[0]]
+    with pytest.raises(ConfigError) as caught:
+        verb(["runs/none", *arguments[1:]])
+    assert str(caught.value) == line
+
+
+def test_the_command_line(made, cli: Cli):
+    done = cli("generate", str(made.run_dir), "--prompt", "ab", "--max-tokens", "3", "--temperature", "0")
+    assert done.returncode == 0 and done.stdout.startswith("ab"), done.stderr
+    done = cli("eval", str(made.run_dir), "--step", "15")
+    assert done.returncode == 3 and done.stderr == f"{made.run_dir} has no checkpoint 15; there are 10, 20\n"
+
+
+def test_eval_config_is_checked_before_training():
+    with pytest.raises(ConfigError, match=r"^eval\.stride = 300"):
+        check(Run(eval=EvalConfig(stride=300)))
