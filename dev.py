@@ -236,7 +236,7 @@ def find_pythons(minors: range) -> list[Python]:
         for path in filter(None, paths):
             # A name on PATH may be a shim that runs nothing.
             answer = subprocess.run([path, "-c", "import sys; print(sys.version)"], stdout=-1, stderr=-1, check=False)
-            if answer.returncode == 0 and answer.stdout.startswith(f"3.{minor}.".encode()):
+            if answer.stdout.startswith(f"3.{minor}.".encode()):
                 found.append(Python(path, answer.stdout.decode().rstrip("\n")))
                 break
     return found
