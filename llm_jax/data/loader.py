@@ -105,7 +105,8 @@ def batch(rows: Rows, t: int, *, batch_rows: int, accumulation: int, sharding: j
         a, b, u = index or (slice(None),) * 3
         return rows_NU[place_AB[a, b]][..., u]
 
-    return jax.make_array_from_callback(shape, sharding, held)
+    with jax.transfer_guard_host_to_device("allow"):  # here it is meant, whatever is forbidden around it
+        return jax.make_array_from_callback(shape, sharding, held)
 
 
 class Fetched(NamedTuple):

@@ -132,7 +132,11 @@ def read_split(folder: Path, dataset: str, split: str, order: Iterable[int] | No
     """The examples of a split in stored or in the given order; none where the split does not exist."""
     if not list((folder / dataset / "1.0.0").glob(f"{dataset}-{split}.*")):
         return
-    records = open_split(folder, dataset, split)
+    yield from read_records(open_split(folder, dataset, split), order)
+
+
+def read_records(records: Records, order: Iterable[int] | None = None) -> Iterator[Example]:
+    """All records in their or in the given order, many at a time."""
     numbers = iter(range(len(records)) if order is None else order)
     while block := list(islice(numbers, READ_TOGETHER)):
         yield from records.__getitems__(block)

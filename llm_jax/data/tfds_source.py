@@ -9,6 +9,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
+from llm_jax.data import store
 from llm_jax.data.config import TfdsSource
 from llm_jax.data.errors import DataError
 
@@ -37,11 +38,13 @@ def open_tfds(source: TfdsSource) -> tuple[str, str, int, Callable[[], Texts]]:
                 if not is_folder:
                     builder.download_and_prepare(file_format="array_record")
                 records = builder.as_data_source(split=source.split)  # pyright: ignore[reportCallIssue]
-            for number in range(len(records)):
-                text = records[number][source.text_field]
+            for number, example in enumerate(store.read_records(records)):
+                text = example[source.text_field]
                 yield f"{number:012}", text.encode() if isinstance(text, str) else text
 
-    version = f"{builder.info.full_name} {source.split} {source.text_field} {builder.info.dataset_size}"
+    # A dataset of the catalogue is told by its version; its size is not known before it has been downloaded.
+    size = str(builder.info.dataset_size) if is_folder else ""
+    version = f"{builder.info.full_name} {source.split} {source.text_field} {size}"
     return builder.info.name, version, builder.info.dataset_size or 0, texts
 
 
