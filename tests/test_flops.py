@@ -51,13 +51,16 @@ def shape_of(atom: Any) -> tuple[int, ...]:
 
 
 def dot_flops(jaxpr: Jaxpr) -> int:
-    """FLOPs of all dot_generals of a jaxpr on one device, the bodies of scans as often as they run."""
+    """FLOPs of all products of matrices in a jaxpr on one device, the bodies of scans as often as they run."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            terms = math.prod(shape_of(equation.invars[0])[axis] for axis in contracted)
-            total += 2 * math.prod(shape_of(equation.outvars[0])) * terms
+            contracted, batch = equation.params["dimension_numbers"]
+            shapes = [shape_of(operand) for operand in equation.invars]
+            # A vector times a matrix is a weighted sum, of statistics: neither weights nor attention.
+            if all(len(shapes[i]) > len(contracted[i]) + len(batch[i]) for i in (0, 1)):
+                terms = math.prod(shapes[0][axis] for axis in contracted[0])
+                total += 2 * math.prod(shape_of(equation.outvars[0])) * terms
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         assert equation.primitive.name not in ("while", "cond"), "their bodies run an unknown number of times"
         total += times * sum(dot_flops(inner) for value in equation.params.values() for inner in jaxprs(value))
