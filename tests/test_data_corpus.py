@@ -19,8 +19,8 @@ from llm_jax.data.splits import DROPPED, SPLITS, Shingles, assign, documents_of,
 from tests import data_texts
 
 
-def read(*paths: Path | str, **fields: str) -> list[Document | Skipped]:
-    return list(open_corpus(FilesSource(paths=tuple(map(str, paths)), **fields)).read())
+def read(*paths: Path | str, text_field: str = "text") -> list[Document | Skipped]:
+    return list(open_corpus(FilesSource(paths=tuple(map(str, paths)), text_field=text_field)).read())
 
 
 def texts(found: list[Document | Skipped]) -> dict[str, str]:
@@ -48,6 +48,8 @@ def test_a_file_is_a_document_byte_for_byte(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(raw)
     (tmp_path / "ignored.bin").write_bytes(b"no text")
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "hidden.py").write_text("pass")
     found = read(tmp_path)
     assert {key: text.encode() for key, text in texts(found).items()} == contents
     assert not skips(found)

@@ -63,8 +63,8 @@ def watched(rows: Rows, **how: float) -> tuple[Rows, Watched]:
     return dataclasses.replace(rows, records=records), records
 
 
-def sharding(letters: str = "ABU", **sizes: int) -> NamedSharding:
-    return NamedSharding(mesh_of(**sizes), acts(letters))
+def sharding(**sizes: int) -> NamedSharding:
+    return NamedSharding(mesh_of(**sizes), acts("ABU"))
 
 
 ALONE = {"batch_rows": 8, "accumulation": 1}

@@ -309,7 +309,7 @@ def test_a_killed_preparation_goes_on(
     again = prepare(data, BPE, VOCAB, 0, report=lines.append)
     assert [line.split()[0] for line in lines] == ["text", "tokenizer", "rows"][len(finished) :]
     assert again.fingerprint == prepared.fingerprint
-    assert not list((tmp_path / "data").rglob("*.partial"))
+    assert not list((tmp_path / "data").rglob(f"*{store.PARTIAL}*"))
 
 
 # A file may not grow beyond so many bytes: what writing on a full disk looks like, without being root.

@@ -14,7 +14,7 @@ from llm_jax.data.errors import DataError
 from llm_jax.data.tokenizer import CHUNK, SPACE, Tokenizer, load, train
 
 VOCAB = 700
-KINDS = ("bpe", "unigram")
+KINDS = tuple(TokenizerConfig(kind=kind) for kind in ("bpe", "unigram"))
 
 # Everything that somebody's tokenizer has stumbled over.
 NASTY = [
@@ -31,9 +31,9 @@ def library() -> list[str]:
     return [path.read_text() for path in paths]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=KINDS, ids=str)
 def tokenizer(request: pytest.FixtureRequest, library: list[str]) -> Tokenizer:
-    return train(library[:20], TokenizerConfig(kind=request.param), VOCAB)
+    return train(library[:20], request.param, VOCAB)
 
 
 def nasty_texts() -> list[str]:
@@ -59,6 +59,7 @@ def test_any_text_comes_back_and_its_bytes_are_counted_once(tokenizer: Tokenizer
 
 def test_texts_encoded_together_are_those_encoded_alone(tokenizer: Tokenizer) -> None:
     texts = nasty_texts()
+    assert tokenizer.encode_many([]) == []
     for threads in (1, 3):
         for text, ids in zip(texts, tokenizer.encode_many(texts, threads), strict=True):
             np.testing.assert_array_equal(ids, tokenizer.encode(text))
@@ -87,11 +88,11 @@ def test_ids_that_are_no_text_decode_to_replacement_characters(tokenizer: Tokeni
     assert tokenizer.decode(euro[:2]) == "\ufffd"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_is_deterministic(kind: str, library: list[str]) -> None:
-    one, other = (train(iter(library[:8]), TokenizerConfig(kind=kind), VOCAB) for _ in range(2))
+@pytest.mark.parametrize("config", KINDS, ids=str)
+def test_training_is_deterministic(config: TokenizerConfig, library: list[str]) -> None:
+    one, other = (train(iter(library[:8]), config, VOCAB) for _ in range(2))
     assert one.fingerprint == other.fingerprint
-    assert one.fingerprint != train(library[1:8], TokenizerConfig(kind=kind), VOCAB).fingerprint
+    assert one.fingerprint != train(library[1:8], config, VOCAB).fingerprint
 
 
 def test_only_train_bytes_are_shown(library: list[str]) -> None:
@@ -118,21 +119,21 @@ def test_a_saved_tokenizer_is_itself(tokenizer: Tokenizer, tmp_path: Path) -> No
         load(path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_vocabulary_the_text_does_not_yield_names_both_sizes(kind: str) -> None:
+@pytest.mark.parametrize("config", KINDS, ids=str)
+def test_a_vocabulary_the_text_does_not_yield_names_both_sizes(config: TokenizerConfig) -> None:
     text = "hello world, hello you\n" * 3
     with pytest.raises(ConfigError) as caught:
-        train([text], TokenizerConfig(kind=kind), 5000)
+        train([text], config, 5000)
     told = str(caught.value)
     assert told.startswith("model.vocab_size = 5000, but the corpus yields only ")
     wanted = int(told.rsplit("=", 1)[1])
-    assert train([text], TokenizerConfig(kind=kind), wanted).vocab_size == wanted
+    assert train([text], config, wanted).vocab_size == wanted
 
     with pytest.raises(ConfigError) as caught:
-        train([text], TokenizerConfig(kind=kind), 100)
+        train([text], config, 100)
     told = str(caught.value)
     assert told.startswith("model.vocab_size = 100, but bytes, special tokens and the corpus's characters are 2")
-    assert train([text], TokenizerConfig(kind=kind), int(told.split("set model.vocab_size to ")[1].split()[0]))
+    assert train([text], config, int(told.split("set model.vocab_size to ")[1].split()[0]))
 
 
 def test_blank_text_cannot_train(library: list[str]) -> None:

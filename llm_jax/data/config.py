@@ -25,7 +25,8 @@ class FilesSource(Config):
     kind: Literal["files"] = "files"
     """Where the text comes from."""
     paths: Annotated[tuple[str, ...], MinLen(1)]
-    """Files, folders or globs (** is recursive); a folder means every .txt, .md, .py, .jsonl and .jsonl.gz below it."""
+    """Files, folders or globs (** is recursive); a folder means every .txt, .md, .py, .jsonl and .jsonl.gz below it,
+    hidden ones left out."""
     text_field: str = "text"
     """The field that holds a document in .jsonl files."""
 

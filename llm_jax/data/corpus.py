@@ -1,5 +1,6 @@
 """Where documents come from: the standard library, files of one's own, or a TFDS dataset; read as a stream."""
 
+import fnmatch
 import glob
 import gzip
 import hashlib
@@ -7,7 +8,7 @@ import json
 import os
 import platform
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -26,8 +27,11 @@ JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 
 # Tests are absent from some installations; codec tables are near copies of each other; what a build writes differs
 # from machine to machine; installed packages are not the library.
-NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"})
-NOT_LIBRARY_STARTS = ("_sysconfigdata", "_sysconfig_vars", "config-", "sitecustomize", "usercustomize")
+NOT_LIBRARY = (
+    *("test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"),
+    *("_sysconfigdata*", "_sysconfig_vars*", "config-*", "sitecustomize.py", "usercustomize.py"),
+)
+HIDDEN = (".*",)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def open_corpus(source: Source) -> Corpus:
 
 def _stdlib() -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [p for p in root.rglob("*.py") if _is_library(p.relative_to(root)) and p.is_file()]
+    paths = [path for path in _walk(root, NOT_LIBRARY) if path.suffix == ".py"]
     if not paths:
         raise DataError(f"the Python standard library's source is not in {root}; set data.source.kind=files")
     files = [(p.relative_to(root).as_posix(), p) for p in paths]
@@ -90,8 +94,15 @@ def _stdlib() -> Corpus:
     return Corpus("stdlib", version, sum(path.stat().st_size for _, path in files), read)
 
 
-def _is_library(path: Path) -> bool:
-    return not NOT_LIBRARY.intersection(path.parts) and not path.parts[0].startswith(NOT_LIBRARY_STARTS)
+def _walk(root: Path, leave_out: Collection[str]) -> Iterator[Path]:
+    """The files below a folder, but not below those that fit a pattern."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not _fits(name, leave_out)]
+        yield from (path for name in names if not _fits(name, leave_out) and (path := Path(folder, name)).is_file())
+
+
+def _fits(name: str, patterns: Collection[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _files(source: FilesSource) -> Corpus:
@@ -116,7 +127,7 @@ def _expand(pattern: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [p for p in path.rglob("*") if p.name.endswith(TEXT_SUFFIXES + JSONL_SUFFIXES) and p.is_file()]
+        found = [p for p in _walk(path, HIDDEN) if p.name.endswith(TEXT_SUFFIXES + JSONL_SUFFIXES)]
         hint = f"no {' '.join(TEXT_SUFFIXES + JSONL_SUFFIXES)} files below this folder"
     else:
         found = [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]

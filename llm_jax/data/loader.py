@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -119,7 +119,7 @@ class Fetched(NamedTuple):
 
 def stream(
     rows: Rows, *, start: int, batch_rows: int, accumulation: int, sharding: jax.sharding.Sharding, prefetch: int
-) -> Iterator[Fetched]:
+) -> Generator[Fetched, None, None]:
     """Batches start, start + 1, ... without end; `prefetch` of them are read ahead by a thread (0: none, no thread).
 
     An error while reading is raised here, as itself. Closing the iterator waits for the read under way, at most.

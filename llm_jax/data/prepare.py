@@ -176,6 +176,7 @@ def _lock(root: Path, report: Report) -> Iterator[None]:
         except BlockingIOError:
             report(f"waiting: another process prepares {root}")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        store.clean(root)
         yield
 
 

@@ -13,11 +13,11 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function that takes how much more is done, in the unit of total; work done in a moment prints nothing."""
+    """Gives a function that takes how much more is done, in the unit of total; 0 is a total that nobody knows."""
     if sys.stderr.isatty():
         columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
         with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-            task = bars.add_task(label, total=total)
+            task = bars.add_task(label, total=total or None)
             yield lambda n: bars.advance(task, n)
         return
     done, last = 0, time.monotonic()

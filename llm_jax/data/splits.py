@@ -18,8 +18,9 @@ DROPPED = 255
 
 SHINGLE_LINES = 5
 DUPLICATE_SHARE = 0.5
-# Shingles remembered (about 100 bytes each); beyond it only every second hash is kept, then every fourth ...
-MAX_SHINGLES = 16_000_000
+# Shingles remembered (about 100 bytes each). Beyond it only every second hash is kept, then every fourth ..., so that
+# of very many very short texts not every duplicate is found.
+MAX_SHINGLES = 8_000_000
 
 LONG_LINE = 20
 # Held-out lines whose occurrence in training is looked up.

@@ -65,7 +65,8 @@ def write_tokenizer(
         n_documents = text_info["splits"]["train"]["documents"]
         # Not numpy's generators: what they give may change from version to version.
         order = sorted(range(n_documents), key=lambda i: hashlib.md5(f"{seed}:{i}".encode()).digest())
-    trained = tokenizer.train(texts(text, "train", order), config, vocab_size)
+    with progress("training the tokenizer", 0):
+        trained = tokenizer.train(texts(text, "train", order), config, vocab_size)
     with store.stage(folder) as partial:
         (partial / MODEL).write_bytes(trained.model)
         store.write_info(partial, {"fingerprint": trained.fingerprint})

@@ -146,10 +146,9 @@ def read_records(records: Records, order: Iterable[int] | None = None) -> Iterat
 def stage(folder: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `folder` when the block ends well; write_info must have been called in it.
 
-    Call it under the lock: what a killed process left is removed. Raises DiskError where the disk is full.
+    Raises DiskError where the disk is full; nothing is left then.
     """
     unfinished = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
         with disk_errors(folder):
             unfinished.mkdir(parents=True)
@@ -160,6 +159,12 @@ def stage(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def clean(root: Path) -> None:
+    """Removes what killed processes have left; nobody may be writing."""
+    for unfinished in root.glob(f"*{PARTIAL}"):
+        shutil.rmtree(unfinished)
 
 
 def write_info(folder: Path, info: dict[str, Any]) -> None:

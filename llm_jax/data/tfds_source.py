@@ -26,7 +26,7 @@ def open_tfds(source: TfdsSource) -> tuple[str, str, int, Callable[[], Texts]]:
     builder = _directory(source, where) if is_folder else _catalogue(source, where)
     features = builder.info.features
     if not isinstance(features, tfds.features.FeaturesDict) or source.text_field not in features:
-        there = ", ".join(features) if isinstance(features, tfds.features.FeaturesDict) else "no named features"
+        there = ", ".join(sorted(features)) if isinstance(features, tfds.features.FeaturesDict) else "no named features"
         raise DataError(f"{where} has no field {source.text_field!r} (there is: {there}); set data.source.text_field")
     if not isinstance(features[source.text_field], tfds.features.Text):
         raise DataError(f"{where}: field {source.text_field!r} is no text; set data.source.text_field")
