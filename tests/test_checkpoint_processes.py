@@ -104,10 +104,12 @@ def test_one_trainer_at_a_time_and_death_frees_the_lock(tmp_path: Path, start: S
     assert str(error.value) == f"{run_dir} has a trainer at work already: {name}"
     holder.process.kill()
     holder.process.wait()
-    with sole_trainer(run_dir):
-        pass
-    if with_child:
-        os.kill(child, signal.SIGKILL)  # it was alive all the time
+    try:
+        with sole_trainer(run_dir):
+            pass
+    finally:
+        if with_child:
+            os.kill(child, signal.SIGKILL)  # it was alive all the time
 
 
 def test_a_run_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
