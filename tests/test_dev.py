@@ -473,8 +473,9 @@ def test_without_ensurepip_the_environment_is_made_without_pip_and_filled_from_o
 def test_a_real_installation_is_whole_pinned_and_compiled(tmp_path: Path) -> None:
     folder = tmp_path / "clone"
     folder.mkdir()
-    for name in ("dev.py", "setup.cfg", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
     shutil.copytree(ROOT / "llm_jax", folder / "llm_jax", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, str(folder / "dev.py"), "setup"]
     subprocess.run(command, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, check=True)
