@@ -140,8 +140,9 @@ def test_version_follows_the_files(tmp_path: Path) -> None:
     source = FilesSource(paths=(str(folder),))
     before = open_corpus(source).version
     assert open_corpus(source).version == before
-    (folder / "text001.txt").write_text("something else")
-    assert open_corpus(source).version != before
+    text = folder / "text001.txt"
+    text.write_text(text.read_text()[::-1])
+    assert open_corpus(source).version != before, "of the same size, and yet another"
 
 
 @pytest.mark.parametrize("line_end", ["\n", ""])
@@ -198,6 +199,12 @@ def test_shares_are_kept_by_bytes_and_groups_stay_together(seed: int) -> None:
     assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
 
 
+def test_a_group_larger_than_its_share_is_trained_on() -> None:
+    for giant in range(30):
+        shares = sizes(documents(30, lambda i: 100 if i == giant else 5))  # noqa: B023
+        assert shares["train"] > 0.85, "whichever group is the large one"
+
+
 def test_splits_cover_everything_once() -> None:
     found = documents(100, lambda i: 5)
     plan = make_plan(found, DataConfig(), ignore)
@@ -251,6 +258,7 @@ def test_near_duplicates_are_left_out_before_splitting() -> None:
     kept = [name for name, split in zip(names, plan.split_N, strict=True) if split != DROPPED]
     assert kept == ["original", "half"]
     assert plan.skipped == {"near duplicate": 3}
+    assert {d.key for split in SPLITS for d in documents_of(split, found, plan)} == {"original", "half"}
 
 
 def test_short_texts_are_duplicates_only_when_equal() -> None:
