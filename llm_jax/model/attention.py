@@ -13,10 +13,12 @@ MASKED = -1e30
 
 
 def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:
-    """The config with `attention` settled for a platform (cpu, gpu, tpu); done once, at start, and printed."""
-    if cfg.attention != "auto":
-        return cfg
-    return cfg.model_copy(update={"attention": "chunked" if platform == "cpu" else "xla"})
+    """The config with what depends on the platform (cpu, gpu, tpu) settled; done once, at start, and printed."""
+    on_cpu = platform == "cpu"
+    settled = {"attention": cfg.attention, "logit_chunk": cfg.logit_chunk or (2**21 if on_cpu else 2**28)}
+    if cfg.attention == "auto":
+        settled["attention"] = "chunked" if on_cpu else "xla"
+    return cfg.model_copy(update=settled)
 
 
 def attention(

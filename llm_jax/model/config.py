@@ -45,6 +45,10 @@ class ModelConfig(Config):
     """Type in which fsdp gathers weights and reduces their gradients."""
     attention: Literal["auto", "xla", "chunked"] = "auto"
     """Attention backend; auto is chunked on a CPU and xla elsewhere, and the choice is printed."""
+    logit_chunk: Annotated[int, Ge(1)] | None = None
+    """Logits that a device holds at a time for the loss; null is 2**21 on a CPU, for its caches, and 2**28 elsewhere."""
+    unroll: Annotated[int, Ge(1)] = 1
+    """Layers in one turn of the scan: more is faster on a CPU (a quarter, when all) and compiles longer."""
     remat: Literal["none", "dots", "full"] | tuple[TensorName, ...] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, everything, or all but the named tensors."""
 
@@ -69,5 +73,7 @@ class ModelConfig(Config):
         """Raises ConfigError where two fields contradict each other."""
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"model.n_heads = {self.n_heads} is not divisible by model.n_kv_heads = {self.n_kv_heads}")
+        if self.n_layers % self.unroll:
+            raise ConfigError(f"model.n_layers = {self.n_layers} is not divisible by model.unroll = {self.unroll}")
         if self.d_head % 2:
             raise ConfigError(f"model.d_head = {self.d_head} is odd; rotary positions need an even number of channels")

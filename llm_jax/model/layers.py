@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llm_jax.mesh import acts
 from llm_jax.model.attention import attention
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.weights import Weight, matrix, scale_vector, use
+from llm_jax.model.weights import Weight, matrix, project, scale_vector, use
 
 
 def rms_norm(x_BTD: Array, scale: Weight, eps: float) -> Array:
@@ -23,14 +24,27 @@ def rms_norm(x_BTD: Array, scale: Weight, eps: float) -> Array:
     return (x32_BTD * jax.lax.rsqrt(mean_BT1 + eps) * scale_D).astype(x_BTD.dtype)
 
 
-def rotate(x_BTHC: Array, positions_BT: Array, theta: float) -> Array:
-    """Rotary positions (Su et al. 2021): channel c and c + C/2 turn by position * theta ** (-2c / C)."""
-    half = x_BTHC.shape[-1] // 2
-    frequency_C = jnp.asarray([theta ** (-c / half) for c in range(half)], jnp.float32)
+class Angles(NamedTuple):
+    """Cosine and sine by which each half of a head's channels turns, float32 [B, T, 1, C / 2]."""
+
+    cos_BT1C: Array
+    sin_BT1C: Array
+
+
+def angles(positions_BT: Array, cfg: ModelConfig) -> Angles:
+    """Rotary angles (Su et al. 2021): channels c and c + C/2 turn by position * theta ** (-2c / C)."""
+    half = cfg.d_head // 2
+    frequency_C = jnp.asarray([cfg.rope_theta ** (-c / half) for c in range(half)], jnp.float32)
     angle_BT1C = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_C[None, None, None]
-    cos, sin = jnp.cos(angle_BT1C), jnp.sin(angle_BT1C)
+    return Angles(jnp.cos(angle_BT1C), jnp.sin(angle_BT1C))
+
+
+def rotate(x_BTHC: Array, by: Angles) -> Array:
+    """x with its channel pairs turned, in float32, returned in x's type."""
+    half = x_BTHC.shape[-1] // 2
     a, b = x_BTHC[..., :half].astype(jnp.float32), x_BTHC[..., half:].astype(jnp.float32)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTHC.dtype)
+    turned = [a * by.cos_BT1C - b * by.sin_BT1C, b * by.cos_BT1C + a * by.sin_BT1C]
+    return jnp.concatenate(turned, axis=-1).astype(x_BTHC.dtype)
 
 
 def residual_scale(cfg: ModelConfig) -> float:
@@ -51,22 +65,22 @@ class Attention(nnx.Module):
             self.k_norm = scale_vector("C", cfg)
 
     def __call__(
-        self, x_BTD: Array, segments_BT: Array, positions_BT: Array, cfg: ModelConfig, *, causal: bool
+        self, x_BTD: Array, segments_BT: Array, by: Angles, cfg: ModelConfig, *, causal: bool
     ) -> Array:
-        q_BTHC = jnp.einsum("BTD,DHC->BTHC", x_BTD, use(self.q, cfg))
-        k_BTKC = jnp.einsum("BTD,DKC->BTKC", x_BTD, use(self.k, cfg))
-        v_BTKC = jnp.einsum("BTD,DKC->BTKC", x_BTD, use(self.v, cfg))
+        q_BTHC = project("BTD,DHC->BTHC", x_BTD, use(self.q, cfg))
+        k_BTKC = project("BTD,DKC->BTKC", x_BTD, use(self.k, cfg))
+        v_BTKC = project("BTD,DKC->BTKC", x_BTD, use(self.v, cfg))
         if cfg.qk_norm:
             q_BTHC = rms_norm(q_BTHC, self.q_norm, cfg.norm_eps)
             k_BTKC = rms_norm(k_BTKC, self.k_norm, cfg.norm_eps)
-        q_BTHC = checkpoint_name(rotate(q_BTHC, positions_BT, cfg.rope_theta), "q")
-        k_BTKC = checkpoint_name(rotate(k_BTKC, positions_BT, cfg.rope_theta), "k")
+        q_BTHC = checkpoint_name(rotate(q_BTHC, by), "q")
+        k_BTKC = checkpoint_name(rotate(k_BTKC, by), "k")
         v_BTKC = checkpoint_name(v_BTKC, "v")
         # Keys and values of the whole row on every context rank: the one all-gather of context parallelism.
         k_BSKC, v_BSKC = jax.reshard((k_BTKC, v_BTKC), acts("BSKC"))
         segments_BS = jax.reshard(segments_BT, acts("BS"))
         o_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, segments_BT, segments_BS, causal=causal, backend=cfg.attention)
-        o_BTD = jnp.einsum("BTHC,HCD->BTD", o_BTHC, use(self.o, cfg), out_sharding=acts("BTD"))
+        o_BTD = project("BTHC,HCD->BTD", o_BTHC, use(self.o, cfg), out_sharding=acts("BTD"))
         return checkpoint_name(o_BTD, "attention_out")
 
 
@@ -80,14 +94,14 @@ class Mlp(nnx.Module):
         self.down = matrix("FD", cfg, rngs, fan_in="F", scale=residual_scale(cfg))
 
     def __call__(self, x_BTD: Array, cfg: ModelConfig) -> Array:
-        up_BTF = checkpoint_name(jnp.einsum("BTD,DF->BTF", x_BTD, use(self.up, cfg)), "mlp_up")
+        up_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, use(self.up, cfg)), "mlp_up")
         match cfg.mlp:
             case "swiglu":
-                gate_BTF = checkpoint_name(jnp.einsum("BTD,DF->BTF", x_BTD, use(self.gate, cfg)), "mlp_gate")
+                gate_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, use(self.gate, cfg)), "mlp_gate")
                 hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
             case "gelu":
                 hidden_BTF = jax.nn.gelu(up_BTF)
-        out_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, use(self.down, cfg), out_sharding=acts("BTD"))
+        out_BTD = project("BTF,FD->BTD", hidden_BTF, use(self.down, cfg), out_sharding=acts("BTD"))
         return checkpoint_name(out_BTD, "mlp_out")
 
 
@@ -101,10 +115,10 @@ class Block(nnx.Module):
         self.mlp = Mlp(cfg, rngs)
 
     def __call__(
-        self, x_BTD: Array, segments_BT: Array, positions_BT: Array, cfg: ModelConfig, *, causal: bool
+        self, x_BTD: Array, segments_BT: Array, by: Angles, cfg: ModelConfig, *, causal: bool
     ) -> Array:
         normed_BTD = rms_norm(x_BTD, self.attention_norm, cfg.norm_eps)
-        x_BTD += self.attention(normed_BTD, segments_BT, positions_BT, cfg, causal=causal)
+        x_BTD += self.attention(normed_BTD, segments_BT, by, cfg, causal=causal)
         return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm, cfg.norm_eps), cfg)
 
 

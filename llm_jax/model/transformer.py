@@ -7,7 +7,7 @@ from jax import Array
 
 from llm_jax.mesh import acts, gathered
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.layers import Block, rematerialised, rms_norm
+from llm_jax.model.layers import Block, angles, rematerialised, rms_norm
 from llm_jax.model.weights import Weight, matrix, scale_vector, use
 
 
@@ -26,12 +26,13 @@ class Transformer(nnx.Module):
         self, tokens_BT: Array, segments_BT: Array, positions_BT: Array, cfg: ModelConfig, *, causal: bool = True
     ) -> Array:
         """The last hidden states x_BTD in the compute type; int32 inputs, one segment number a document."""
+        by = angles(positions_BT, cfg)
 
         def one_layer(x_BTD: Array, layer: Block) -> tuple[Array, None]:
-            return layer(x_BTD, segments_BT, positions_BT, cfg, causal=causal), None
+            return layer(x_BTD, segments_BT, by, cfg, causal=causal), None
 
         x_BTD = look_up(self.embed, tokens_BT).astype(cfg.compute_dtype)
-        x_BTD, _ = jax.lax.scan(rematerialised(one_layer, cfg), x_BTD, self.layers)
+        x_BTD, _ = jax.lax.scan(rematerialised(one_layer, cfg), x_BTD, self.layers, unroll=cfg.unroll)
         return rms_norm(x_BTD, self.norm, cfg.norm_eps)
 
     def head(self, cfg: ModelConfig) -> Array:

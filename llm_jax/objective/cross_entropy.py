@@ -12,9 +12,6 @@ from llm_jax.mesh import acts
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import soft_cap
 
-# Logits of one chunk: about so many numbers on a device. Larger gains nothing on a CPU and costs memory everywhere.
-CHUNK_LOGITS = 2**23
-
 _TOKEN_AXES = (*ACT_AXES["B"], "context")
 
 
@@ -58,26 +55,24 @@ def _fused_forward(
     def local(x_BTD: Array, head_VD: Array, targets_BT: Array, weights_BT: Array):
         D = x_BTD.shape[-1]
         n = targets_BT.size
-        chunks = _chunk_count(n, head_VD.shape[0])
+        chunks = _chunk_count(n, head_VD.shape[0], cfg)
         x_QND = x_BTD.reshape(chunks, n // chunks, D)
         targets_QN, weights_QN = (a.reshape(chunks, n // chunks) for a in (targets_BT, weights_BT))
 
         def one_chunk(dhead_VD: Array, chunk: tuple[Array, Array, Array]):
             x_ND, targets_N, weights_N = chunk
             logits_NV, slope_NV = _local_logits(x_ND, head_VD, cfg)
-            log_z_N, hit_NV, picked_N, correct_N = _vocabulary_sums(logits_NV, targets_N)
-            nll_N = log_z_N - picked_N
-            sums = jnp.stack(
-                [
-                    jnp.sum(weights_N * nll_N),
-                    jnp.sum(weights_N * jnp.square(log_z_N)),
-                    jnp.sum(weights_N * correct_N),
-                ]
-            )
+            part = _vocabulary_sums(logits_NV, targets_N)
+            values_N3 = jnp.stack([part.log_z_N - part.picked_N, jnp.square(part.log_z_N), part.correct_N], axis=1)
+            sums = weights_N @ values_N3
             if not with_gradient:
                 return dhead_VD, (sums, jnp.zeros((), x_ND.dtype))
-            share_NV = jnp.exp(logits_NV - log_z_N[:, None]) * (1 + 2 * z_loss * log_z_N)[:, None]
-            dlogits_NV = (share_NV - hit_NV) * weights_N[:, None] * slope_NV
+            scale_N = weights_N * (1 + 2 * z_loss * part.log_z_N) / part.z_N
+            dlogits_NV = part.exp_NV * scale_N[:, None]
+            token_N = jnp.arange(targets_N.size)
+            dlogits_NV = dlogits_NV.at[token_N, part.target_N].add(jnp.where(part.mine_N, -weights_N, 0.0))
+            if cfg.logit_soft_cap is not None:
+                dlogits_NV *= slope_NV
             dlogits_NV = dlogits_NV.astype(x_ND.dtype)
             dx_ND = jax.lax.psum(dlogits_NV @ head_VD, "tensor")
             dhead_VD += jnp.einsum("NV,ND->VD", dlogits_NV, x_ND, preferred_element_type=jnp.float32)
@@ -113,13 +108,13 @@ def token_scores(x_BTD: Array, head_VD: Array, targets_BT: Array, cfg: ModelConf
 
     def local(x_BTD: Array, head_VD: Array, targets_BT: Array) -> tuple[Array, Array]:
         n = targets_BT.size
-        chunks = _chunk_count(n, head_VD.shape[0])
+        chunks = _chunk_count(n, head_VD.shape[0], cfg)
 
         def one_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
             x_ND, targets_N = chunk
             logits_NV, _ = _local_logits(x_ND, head_VD, cfg)
-            log_z_N, _, picked_N, correct_N = _vocabulary_sums(logits_NV, targets_N)
-            return log_z_N - picked_N, correct_N
+            part = _vocabulary_sums(logits_NV, targets_N)
+            return part.log_z_N - part.picked_N, part.correct_N
 
         chunked = (x_BTD.reshape(chunks, n // chunks, -1), targets_BT.reshape(chunks, n // chunks))
         nll_QN, correct_QN = jax.lax.map(one_chunk, chunked)
@@ -144,24 +139,48 @@ def _local_logits(x_ND: Array, head_VD: Array, cfg: ModelConfig) -> tuple[Array,
     return logits_NV, slope_NV
 
 
-def _vocabulary_sums(logits_NV: Array, targets_N: Array) -> tuple[Array, Array, Array, Array]:
-    """log_z_N, the targets' one-hot hit_NV, the target's logit picked_N, and correct_N; summed over the vocabulary's parts."""
+class _Part(NamedTuple):
+    """A chunk of tokens against this device's part of the vocabulary, N tokens; sums are over the whole vocabulary."""
+
+    exp_NV: Array
+    """exp(logit - the highest logit)."""
+    z_N: Array
+    """The sum of exp_NV."""
+    log_z_N: Array
+    """The log-normaliser of the logits."""
+    target_N: Array
+    """The target's place in this part, if it is in it."""
+    mine_N: Array
+    """Whether it is."""
+    picked_N: Array
+    """The target's logit."""
+    correct_N: Array
+    """1 where the target is the first guess: nothing has a higher logit, and nothing before it the same."""
+
+
+def _vocabulary_sums(logits_NV: Array, targets_N: Array) -> _Part:
     V = logits_NV.shape[1]
-    first = jax.lax.axis_index("tensor") * V
-    top_N = jnp.max(logits_NV, axis=1)
-    highest_N = jax.lax.pmax(top_N, "tensor")
-    z_N = jax.lax.psum(jnp.sum(jnp.exp(logits_NV - highest_N[:, None]), axis=1), "tensor")
-    hit_NV = (first + jnp.arange(V))[None] == targets_N[:, None]
-    picked_N = jax.lax.psum(jnp.sum(jnp.where(hit_NV, logits_NV, 0.0), axis=1), "tensor")
-    # The first guess is the lowest id among the highest logits, on every mesh.
-    guess_N = jnp.where(top_N == highest_N, first + jnp.argmax(logits_NV, axis=1), jnp.iinfo(jnp.int32).max)
-    correct_N = (jax.lax.pmin(guess_N, "tensor") == targets_N).astype(jnp.float32)
-    return jnp.log(z_N) + highest_N, hit_NV, picked_N, correct_N
+    highest_N = jax.lax.pmax(jnp.max(logits_NV, axis=1), "tensor")
+    exp_NV = jnp.exp(logits_NV - highest_N[:, None])
+    z_N = jax.lax.psum(jnp.sum(exp_NV, axis=1), "tensor")
+    target_N = targets_N - jax.lax.axis_index("tensor") * V
+    mine_N = (target_N >= 0) & (target_N < V)
+    mine = logits_NV.at[jnp.arange(targets_N.size), target_N].get(mode="clip")
+    picked_N = jax.lax.psum(jnp.where(mine_N, mine, 0.0), "tensor")
+    # A count is several times cheaper than an argmax on a CPU.
+    before_NV = jnp.arange(V)[None] < target_N[:, None]
+    ahead_NV = (logits_NV > picked_N[:, None]) | (before_NV & (logits_NV == picked_N[:, None]))
+    ahead_N = jax.lax.psum(jnp.sum(ahead_NV.astype(jnp.float32), axis=1), "tensor")
+    correct_N = (ahead_N == 0).astype(jnp.float32)
+    target_N = jnp.where(mine_N, target_N, 0)
+    return _Part(exp_NV, z_N, jnp.log(z_N) + highest_N, target_N, mine_N, picked_N, correct_N)
 
 
-def _chunk_count(n_tokens: int, n_vocabulary: int) -> int:
-    """The smallest divisor of n_tokens that keeps a chunk's logits under CHUNK_LOGITS."""
-    for chunks in range(max(1, n_tokens * n_vocabulary // CHUNK_LOGITS), n_tokens):
+def _chunk_count(n_tokens: int, n_vocabulary: int, cfg: ModelConfig) -> int:
+    """The smallest divisor of n_tokens that keeps a chunk's logits at cfg.logit_chunk; 1 where that is not settled."""
+    if cfg.logit_chunk is None:
+        return 1
+    for chunks in range(max(1, n_tokens * n_vocabulary // cfg.logit_chunk), n_tokens):
         if n_tokens % chunks == 0:
             return chunks
     return n_tokens

@@ -181,6 +181,6 @@ def _lines(old: dict[str, Any], run: Run) -> str:
 
 
 def _is_free(path: str) -> bool:
-    # Which backend computes attention is settled anew on every machine.
-    return path == "model.attention" or any(path == free or path.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+    # What depends on the platform is settled anew on every machine.
+    return path in ("model.attention", "model.logit_chunk") or any(path == free or path.startswith(f"{free}.") for free in FREE_TO_CHANGE)
 
