@@ -57,29 +57,59 @@ def _dense(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, visible_BTS: Array) -> A
     return jnp.einsum("BKGTS,BSKC->BTKGC", shares_BKGTS, v_BSKC).reshape(B, T, H, C)
 
 
-def _chunked(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, segments_BT: Array, segments_BS: Array, causal: bool) -> Array:
-    """Blocks of queries, each against only the keys it can see; memory is O(T * block), not O(T * S)."""
+def _chunked(
+    q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, segments_BT: Array, segments_BS: Array, causal: bool
+) -> Array:
+    """Blocks of queries in up to four spans, each against only the keys it can see; memory O(block * S), not O(T * S)."""
     arguments = (q_BTHC, k_BSKC, v_BSKC, segments_BT, segments_BS)
     specs = tuple(acts(letters) for letters in ("BTHC", "BSKC", "BSKC", "BT", "BS"))
 
-    def blocks(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, segments_BT: Array, segments_BS: Array) -> Array:
+    def spans(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, segments_BT: Array, segments_BS: Array) -> Array:
         T, S = q_BTHC.shape[1], k_BSKC.shape[1]
         block = _block_length(T)
+        length = -(-T // (4 * block)) * block
         first = jax.lax.axis_index("context") * T
-        one = jax.checkpoint(_dense) if T > 4 * block else _dense
         outputs = []
-        for start in range(0, T, block):
+        for start in range(0, T, length):
+            stop = min(start + length, T)
             # Under context parallelism a rank's first query is not known at compile time: it looks at all keys.
-            end = start + block if causal and T == S else S
-            visible_BTS = segments_BT[:, start : start + block, None] == segments_BS[:, None, :end]
-            if causal:
-                t_T = first + start + jnp.arange(block)
-                visible_BTS &= (jnp.arange(end)[None, :] <= t_T[:, None])[None]
-            q = q_BTHC[:, start : start + block]
-            outputs.append(one(q, k_BSKC[:, :end], v_BSKC[:, :end], visible_BTS))
+            end = stop if causal and T == S else S
+            queries = (q_BTHC[:, start:stop], segments_BT[:, start:stop], first + start)
+            outputs.append(_span(*queries, k_BSKC[:, :end], v_BSKC[:, :end], segments_BS[:, :end], block, causal))
         return jnp.concatenate(outputs, axis=1)
 
-    return jax.shard_map(blocks, in_specs=specs, out_specs=acts("BTHC"))(*arguments)
+    return jax.shard_map(spans, in_specs=specs, out_specs=acts("BTHC"))(*arguments)
+
+
+def _span(
+    q_BTHC: Array,
+    segments_BT: Array,
+    first: Array,
+    k_BSKC: Array,
+    v_BSKC: Array,
+    segments_BS: Array,
+    block: int,
+    causal: bool,
+) -> Array:
+    """Consecutive queries, the first of them at position `first` of its row: a loop over blocks that keeps no scores.
+
+    Written out instead of looped, XLA would keep the scores of all blocks at once.
+    """
+
+    def one_block(queries: tuple[Array, Array, Array]) -> Array:
+        q_BTHC, segments_BT, first = queries
+        visible_BTS = segments_BT[:, :, None] == segments_BS[:, None, :]
+        if causal:
+            t_T = first + jnp.arange(block)
+            visible_BTS &= (jnp.arange(segments_BS.shape[1])[None, :] <= t_T[:, None])[None]
+        return _dense(q_BTHC, k_BSKC, v_BSKC, visible_BTS)
+
+    n = q_BTHC.shape[1] // block
+    if n == 1:
+        return one_block((q_BTHC, segments_BT, first))
+    q_blocks, segments_blocks = (jnp.stack(jnp.split(x, n, axis=1)) for x in (q_BTHC, segments_BT))
+    o_blocks = jax.lax.map(jax.checkpoint(one_block), (q_blocks, segments_blocks, first + block * jnp.arange(n)))
+    return jnp.concatenate(list(o_blocks), axis=1)
 
 
 def _block_length(T: int) -> int:
