@@ -20,6 +20,7 @@ from tests.small import mesh_of, put_weights, weights_of
 CFG = SMALL.model_copy(update={"vocab_size": 300})
 SEQ_LEN = 24
 GREEDY = Sampling(max_tokens=40, temperature=0.0, seed=0)
+NOTHING = nnx.State({})
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +122,14 @@ def given(ids):
 
 def test_a_characters_bytes_are_held_back_until_it_is_whole(tokenizer):
     ids = [tokenizer.processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u20ac".encode()]
-    pieces = list(stream(given([*ids, ids[0]]), None, tokenizer, "", Sampling(4, 0.0, 0)))
+    pieces = list(stream(given([*ids, ids[0]]), NOTHING, tokenizer, "", Sampling(4, 0.0, 0)))
     assert pieces == ["", "", "\u20ac", "", "\ufffd"]
 
 
 @pytest.mark.parametrize("border", [BOS_ID, EOS_ID])
 def test_text_ends_where_its_document_does(tokenizer, border):
     a, b = tokenizer.encode("import os").tolist()[:1] * 2
-    assert sample(given([a, border, b]), None, tokenizer, "", GREEDY) == tokenizer.decode([a])
+    assert sample(given([a, border, b]), NOTHING, tokenizer, "", GREEDY) == tokenizer.decode([a])
 
 
 def test_what_a_model_sees_begins_with_bos_and_the_prompt(tokenizer):
@@ -138,6 +139,6 @@ def test_what_a_model_sees_begins_with_bos_and_the_prompt(tokenizer):
         seen.append(list(ids))
         return 9
 
-    sample(next_token, None, tokenizer, "import", Sampling(2, 0.0, 0))
+    sample(next_token, NOTHING, tokenizer, "import", Sampling(2, 0.0, 0))
     prompt = [BOS_ID, *tokenizer.encode("import").tolist()]
     assert seen == [prompt, [*prompt, 9]]

@@ -14,9 +14,8 @@ from flax import nnx
 from llm_jax.data.config import BOS_ID
 from llm_jax.data.errors import DataError
 from llm_jax.data.tokenizer import Tokenizer
-from llm_jax.eval import perplexity
 from llm_jax.eval.figures import Sums, figures
-from llm_jax.eval.perplexity import HeldOut, NotFinite, compressed, read_held_out, score_held_out
+from llm_jax.eval.perplexity import HeldOut, NotFinite, compressed, held_out_of, score_held_out
 from llm_jax.eval.scorer import make_score
 from llm_jax.model.transformer import abstract_model, logits
 from tests.small import CFG as SMALL
@@ -154,13 +153,21 @@ def test_compressors_see_all_texts_as_one():
     }
 
 
-def test_a_tokenizer_that_loses_bytes_is_refused(monkeypatch):
-    class Lossy(Tokenizer):
-        piece_bytes = np.zeros(300, np.int32)
+class Letters(Tokenizer):
+    """One id a character."""
 
-        def encode_many(self, texts, threads=None):
-            return [np.arange(5, 5 + len(text), dtype=np.int32) for text in texts]
+    def encode_many(self, texts, threads=None):
+        return [np.array([ord(char) for char in text], np.int32) for text in texts]
 
-    monkeypatch.setattr(perplexity, "documents", lambda prepared, split: iter([("a.txt", "abc")]))
-    with pytest.raises(DataError, match=r"^a\.txt has 3 bytes, and its tokens stand for 0; bits per byte"):
-        read_held_out(None, Lossy(b"", "bpe"), "test")
+
+def test_documents_are_read_in_the_order_of_their_names_and_every_byte_has_its_token():
+    tokenizer = Letters(b"", "bpe")
+    tokenizer.__dict__["piece_bytes"] = np.ones(300, np.int32)
+    texts = [("b.txt", "hj"), ("a.txt", "abc"), ("a.txt.gz", "")]
+    held_out = held_out_of(texts, tokenizer)
+    assert [document[:2] for document in held_out] == sorted(texts)
+    assert [document.tokens.tolist() for document in held_out] == [[BOS_ID, 97, 98, 99], [BOS_ID], [BOS_ID, 104, 106]]
+    with pytest.raises(
+        DataError, match=r"^c\.txt has 2 bytes, and its tokens stand for 1; bits per byte would be wrong"
+    ):
+        held_out_of([*texts, ("c.txt", "\u00e9")], tokenizer)

@@ -11,6 +11,7 @@ import pytest
 from llm_jax.data.config import BOS_ID, PAD_ID
 from llm_jax.data.loader import Rows
 from llm_jax.eval.config import EvalConfig
+from llm_jax.eval.figures import Figures
 from llm_jax.eval.scorer import make_score
 from llm_jax.eval.validation import make_validation
 from llm_jax.eval.windows import Rows as Asked
@@ -44,10 +45,12 @@ def validation(mesh, *, rows=64, batch_rows=8, cross_documents=False):
     return validate, put_weights(weights_of(CFG), CFG, mesh)
 
 
-def look(mesh, **sizes):
+def look(mesh, **sizes) -> Figures:
     with jax.set_mesh(mesh):
         validate, params = validation(mesh, **sizes)
-        return validate(params, lambda: False)
+        figures = validate(params, lambda: False)
+    assert figures is not None
+    return figures
 
 
 def by_the_scorer(n_rows):

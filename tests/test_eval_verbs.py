@@ -21,7 +21,7 @@ from llm_jax.data.errors import DataError
 from llm_jax.data.prepare import Prepared, documents, prepare
 from llm_jax.eval import cli as cli_module
 from llm_jax.eval.config import EvalConfig
-from llm_jax.eval.evaluation import evaluate_checkpoint, generate_text
+from llm_jax.eval.evaluation import ResultError, evaluate_checkpoint, generate_text
 from llm_jax.eval.generate import Sampling
 from llm_jax.eval.restore import adapt, default_mesh, find, restore_params
 from llm_jax.mesh import make_mesh
@@ -267,6 +267,15 @@ def test_other_text_than_the_runs_is_refused(made, copy, tmp_path):
         evaluate(copy)
 
 
+def test_without_held_out_text_there_is_nothing_to_score(made, copy):
+    data = made.run.data.model_copy(update={"test_share": 0.0})
+    prepared = prepare(data, made.run.tokenizer, MODEL.vocab_size, 0, report=lambda line: None)
+    (copy / "tokenizer.model").write_bytes(prepared.tokenizer.model)
+    rewrite(copy, **checkpoint_meta(made.run.model_copy(update={"data": data}), prepared, {}))
+    with pytest.raises(DataError, match=r"the test split has no text; raise data\.test_share, or give more text"):
+        evaluate(copy)
+
+
 def test_there_has_to_be_such_a_checkpoint(made, tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere: no such run directory$"):
         evaluate(tmp_path / "nowhere")
@@ -318,7 +327,7 @@ def test_a_batch_is_rounded_up_to_the_devices(made):
 
 def test_a_result_that_cannot_be_written_is_told_after_it_was_printed(copy, capsys):
     (copy / "eval.jsonl").mkdir()
-    with pytest.raises(Exception, match=r"the result cannot be added to \S+eval\.jsonl: Is a directory") as caught:
+    with pytest.raises(ResultError, match=r"the result cannot be added to \S+eval\.jsonl: Is a directory") as caught:
         evaluate(copy)
     assert caught.value.exit_code == 74
     assert json.loads(capsys.readouterr().out)["step"] == 20

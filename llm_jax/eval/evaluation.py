@@ -16,11 +16,11 @@ from rich.table import Table
 
 from llm_jax import exit_codes
 from llm_jax.data.errors import DataError
-from llm_jax.data.prepare import Prepared, open_prepared
+from llm_jax.data.prepare import Prepared, documents, open_prepared
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.figures import figures
 from llm_jax.eval.generate import Sampling, make_next_token, sample, stream
-from llm_jax.eval.perplexity import compressed, read_held_out, score_held_out
+from llm_jax.eval.perplexity import compressed, held_out_of, score_held_out
 from llm_jax.eval.restore import Found, adapt, find, mesh_of, restore_params, row_parts
 from llm_jax.eval.scorer import make_score
 from llm_jax.mesh import join_processes, keep_compiled
@@ -51,7 +51,9 @@ def evaluate_checkpoint(
     """Scores held-out text, prints the result, and adds it to the run's eval.jsonl; returns it."""
     with opened(run_dir, step, overrides) as (found, run, mesh):
         prepared = same_data(found, run)
-        held_out = read_held_out(prepared, found.tokenizer, split)
+        held_out = held_out_of(documents(prepared, split), found.tokenizer)
+        if not any(document.text for document in held_out):
+            raise DataError(f"the {split} split has no text; raise data.{split}_share, or give more text")
         params = restore_params(found, run.model, mesh)
         stride = run.eval.stride or run.data.seq_len // 2
         sums = score_held_out(
@@ -130,11 +132,9 @@ def beginning_continued(params: nnx.State, run: Run, tokenizer: Tokenizer, text:
 
 def show(name: str, result: Mapping[str, Any], text: Mapping[str, str]) -> None:
     """Prints a table of the result, and the sample."""
-    table = Table(
-        title=f"{name} after {result['step']} steps, on held-out {result['split']} text", title_justify="left"
-    )
-    table.add_column("")
-    table.add_column("", justify="right")
+    print(f"{name} after {result['step']} steps, on held-out {result['split']} text:")
+    table = Table("", "", show_header=False)
+    table.columns[1].justify = "right"
     table.add_row("bits per byte", f"{result['bits_per_byte']:.3f}")
     table.add_row("  of zlib -9", f"{result['zlib_bits_per_byte']:.3f}")
     table.add_row("  of lzma", f"{result['lzma_bits_per_byte']:.3f}")

@@ -3,7 +3,7 @@
 import contextlib
 import lzma
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,7 +12,6 @@ from flax import nnx
 
 from llm_jax import exit_codes
 from llm_jax.data.errors import DataError
-from llm_jax.data.prepare import Prepared, documents
 from llm_jax.data.progress import progress
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.figures import Sums
@@ -34,14 +33,12 @@ class HeldOut(NamedTuple):
     tokens: np.ndarray
 
 
-def read_held_out(prepared: Prepared, tokenizer: Tokenizer, split: str) -> list[HeldOut]:
-    """A split's documents in the order of their names.
+def held_out_of(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> list[HeldOut]:
+    """Documents, (name, exact text) each, in the order of their names, with their tokens.
 
-    Raises DataError where there is no text, or the tokenizer does not account for every byte of it exactly once.
+    Raises DataError where the tokenizer does not account for every byte of a text exactly once.
     """
-    texts = sorted(documents(prepared, split))
-    if not any(text for _, text in texts):
-        raise DataError(f"the {split} split has no text; raise data.{split}_share, or give more text")
+    texts = sorted(texts)
     encoded = tokenizer.encode_many([text for _, text in texts])
     bos = np.array([tokenizer.bos_id], np.int32)
     for (key, text), ids in zip(texts, encoded, strict=True):
