@@ -180,7 +180,7 @@ def _chunk_count(n_tokens: int, n_vocabulary: int, cfg: ModelConfig) -> int:
     """The smallest divisor of n_tokens that keeps a chunk's logits at cfg.logit_chunk; 1 where that is not settled."""
     if cfg.logit_chunk is None:
         return 1
-    for chunks in range(max(1, n_tokens * n_vocabulary // cfg.logit_chunk), n_tokens):
+    for chunks in range(-(-n_tokens * n_vocabulary // cfg.logit_chunk), n_tokens):
         if n_tokens % chunks == 0:
             return chunks
     return n_tokens
