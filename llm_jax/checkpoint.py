@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ class Checkpoints:
         self._read_only = read_only
         self._handler = named_arrays.handler()
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        # As long as this lives: a write that fails beside another one reports to it late.
+        self._loop = asyncio.new_event_loop()
+        weakref.finalize(self, self._loop.close)
         self._pending: concurrent.futures.Future[None] | None = None
         self._just_verified: int | None = None
         self._topic = f"checkpoints {next(_opened)}"
@@ -210,13 +214,22 @@ class Checkpoints:
     def _start_writing(self, folder: Path, arrays: Mapping[str, jax.Array]) -> list[Future]:
         """Copies the arrays to the host and begins to write them."""
         tree = named_arrays.nest(arrays)
-        loop = asyncio.new_event_loop()
+        with jax.transfer_guard("allow"):
+            writes = self._handler.async_save(epath.Path(folder / STATE), args=ocp.args.PyTreeSave(tree))
+            return self._loop.run_until_complete(writes) or []
+
+    def _ended(self, copied: concurrent.futures.Future) -> Exception | None:
+        """Waits for all writes of this process, whatever becomes of them; returns the first one's trouble."""
+        problem = None
         try:
-            with jax.transfer_guard("allow"):
-                writes = self._handler.async_save(epath.Path(folder / STATE), args=ocp.args.PyTreeSave(tree))
-                return loop.run_until_complete(writes) or []
-        finally:
-            loop.close()
+            for write in copied.result():
+                try:
+                    write.result()
+                except Exception as error:  # noqa: BLE001 - whatever it was, all processes must hear of it
+                    problem = problem or error
+        except Exception as error:  # noqa: BLE001 - as above
+            problem = error
+        return problem
 
     def _commit(self, step: int, copied: concurrent.futures.Future, record: bytes, what: str) -> None:
         """Waits for every process's writes; then manifest, number, retention. Raises CheckpointError on all."""
@@ -228,12 +241,7 @@ class Checkpoints:
             _write(folder / RECORD, record)
 
         try:
-            problem, digests = None, {}
-            try:
-                for write in copied.result():
-                    write.result()
-            except Exception as error:  # noqa: BLE001 - whatever it was, all processes must hear of it
-                problem = error
+            problem, digests = self._ended(copied), {}
             self._together("written", what, problem, act=finish)
             try:
                 digests = manifest.file_digests(folder, manifest.share(manifest.file_sizes(folder), index, count))

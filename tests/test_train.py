@@ -312,3 +312,69 @@ loop.stream = lambda rows, *, start, **rest: real(rows, start=start - 1, **rest)
 from llm_jax.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_given_up(start: Start, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = start(*train(run_dir, "optim.lr=1e30", "optim.warmup_steps=0", "optim.schedule=constant")).wait()
+    assert done.returncode == 70
+    assert "10 updates in a row were not finite" in done.stderr and "Traceback" not in done.stderr
+    bad = [line for line in lines(run_dir) if not line["finite"]]
+    assert [line["skipped"] for line in bad] == list(range(1, 11))
+    # No checkpoint of an update that was skipped, though one was due.
+    assert _newest(run_dir) < bad[0]["step"]
+
+
+def test_one_bad_batch_is_skipped_and_its_checkpoint_waits(start: Start, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = start("-c", POISONED, *train(run_dir, "train.steps=12")[2:]).wait()
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in lines(run_dir) if not line["finite"]] == [4]
+    assert all(line["skipped"] == (line["step"] >= 4) for line in lines(run_dir))
+    # Checkpoint 4 was due on the skipped update, so 5 was saved instead.
+    assert sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir()) == [5, 8, 12]
+
+
+# The gradient's norm of the fourth update is not a number.
+POISONED = """
+import sys
+import jax.numpy as jnp
+from llm_jax.train import start, step
+make_step, norm = step.make_step, step.optax.tree.norm
+def poisoned(*args, **settings):
+    update = make_step(*args, **settings)
+    def bad(state, rows_ABU):
+        step.optax.tree.norm = lambda tree: jnp.where(state.step == 3, jnp.nan, norm(tree))
+        return update(state, rows_ABU)
+    return bad
+start.make_step = poisoned
+from llm_jax.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_disk_that_cannot_be_written_is_code_74_and_the_last_good_checkpoint_stays(
+    uninterrupted: Path, start: Start, tmp_path: Path
+) -> None:
+    run_dir = _copy_at(uninterrupted, tmp_path, 32)
+    done = start("-c", FULL_DISK, *train(run_dir)[2:]).wait()
+    assert done.returncode == 74, done.stderr
+    assert "checkpoint 36 cannot be saved" in done.stderr and "Traceback" not in done.stderr
+    assert _newest(run_dir) == 32
+    assert start(*train(run_dir)).wait().returncode == 0
+    assert_same_history(run_dir, uninterrupted)
+
+
+# From the first save on, no file of this process may grow past 400 kB: the kernel's own refusal, as from a full disk.
+FULL_DISK = """
+import resource, signal, sys
+from llm_jax.checkpoint import Checkpoints
+real = Checkpoints.save
+def save(self, *args, **kwargs):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+    return real(self, *args, **kwargs)
+Checkpoints.save = save
+from llm_jax.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""

@@ -63,7 +63,8 @@ def data_of(run: Run, report: Callable[[str], None]) -> Prepared:
         prepare(*wanted, report=report)
         return ""
 
-    settle("data", "", make)
+    # Tokenising a large corpus takes process 0 hours, and the others have nothing else to do.
+    settle("data", "", make, timeout_s=7 * 24 * 3600)
     return open_prepared(*wanted)
 
 
