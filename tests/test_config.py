@@ -127,7 +127,7 @@ class Whole(Config):
     """A number that may be missing."""
 
 
-TENSORS = "'q', 'k', 'v', 'attention_out', 'mlp_gate', 'mlp_up' or 'mlp_out'"
+TENSORS = "'q', 'k', 'v', 'attention_out', 'mlp_gate' or 'mlp_up'"
 
 
 def mistakes(config: Config, *overrides: str) -> list[str]:
@@ -404,7 +404,7 @@ def test_override_leaves_the_config_that_it_was_given_alone() -> None:
 UNUSUAL = [
     Run(),
     Run(name='"quoted" \n ☃ größe', seed=2**31 - 1),
-    Run(model=ModelConfig(remat=("q", "mlp_out"), logit_soft_cap=1e-300, rope_theta=1e22, norm_eps=0.1 + 0.2)),
+    Run(model=ModelConfig(remat=("q", "mlp_up"), logit_soft_cap=1e-300, rope_theta=1e22, norm_eps=0.1 + 0.2)),
     Run(data=DataConfig(source=FilesSource(paths=("a", "**/*.txt")))),
     Run(data=DataConfig(source=TfdsSource(dataset="lm1b", split="train[:10%]", data_dir=None))),
     Run(train=TrainConfig(init_from="runs/x")),

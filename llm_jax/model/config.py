@@ -7,7 +7,7 @@ from annotated_types import Ge, Gt
 from llm_jax.alphabet import VOCAB_MULTIPLE
 from llm_jax.config import Config, ConfigError
 
-TensorName = Literal["q", "k", "v", "attention_out", "mlp_gate", "mlp_up", "mlp_out"]
+TensorName = Literal["q", "k", "v", "attention_out", "mlp_gate", "mlp_up"]
 
 
 class ModelConfig(Config):
@@ -72,7 +72,9 @@ class ModelConfig(Config):
     def check(self) -> None:
         """Raises ConfigError where two fields contradict each other."""
         if self.n_heads % self.n_kv_heads:
-            raise ConfigError(f"model.n_heads = {self.n_heads} is not divisible by model.n_kv_heads = {self.n_kv_heads}")
+            raise ConfigError(
+                f"model.n_heads = {self.n_heads} is not divisible by model.n_kv_heads = {self.n_kv_heads}"
+            )
         if self.n_layers % self.unroll:
             raise ConfigError(f"model.n_layers = {self.n_layers} is not divisible by model.unroll = {self.unroll}")
         if self.d_head % 2:

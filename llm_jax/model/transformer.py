@@ -37,7 +37,7 @@ class Transformer(nnx.Module):
 
     def head(self, cfg: ModelConfig) -> Array:
         """The output head unembed_VD in the compute type, V sharded over tensor, D whole; padded rows included."""
-        return use(self.embed if cfg.tied_embeddings else self.unembed, cfg)
+        return use(self.embed if cfg.tied_embeddings else self.unembed, cfg).astype(cfg.compute_dtype)
 
 
 def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:

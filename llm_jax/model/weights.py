@@ -1,5 +1,6 @@
 """A weight is declared once, on one line: letters and fan-in. Shape, sharding, init and decay follow from them."""
 
+import functools
 import math
 from typing import Any
 
@@ -31,23 +32,27 @@ def scale_vector(letters: str, cfg: ModelConfig) -> Weight:
 
 
 def use(weight: Weight, cfg: ModelConfig) -> Array:
-    """The weight in the compute type, whole over fsdp; the gradient is reduced over fsdp on the way back.
+    """The weight whole over fsdp, in the type in which it is gathered; its gradient goes back the same way.
 
     Called inside the scanned, checkpointed layer, so that one layer's weights are whole at a time.
     """
-    compute = jnp.dtype(cfg.compute_dtype)
     value = weight[...]
     if cfg.gather_dtype == "compute":
-        value = value.astype(compute)
-    return jax.reshard(value, gathered(weight.letters)).astype(compute)
+        value = value.astype(cfg.compute_dtype)
+    return jax.reshard(value, gathered(weight.letters))
 
 
 def project(equation: str, x: Array, weight: Array, out_sharding: P | None = None) -> Array:
-    """einsum(equation, x, weight) for x of tokens, B and T first in x and in the result; out_sharding as in einsum.
+    """einsum(equation, x, weight) in x's type, B and T first in x and in the result; out_sharding as in einsum.
+
+    The gradient of a weight wider than x is added up, over devices too, in float32.
 
     While no context axis divides T, tokens are merged into one axis: XLA's CPU matmuls, the gradients of weights above
     all, are a third faster with it, and elsewhere it is free. Merging two sharded axes would be a hidden all-to-all.
     """
+    if weight.dtype != x.dtype:
+        # Not merged: XLA's CPU cannot run the product "ND,NHC->DHC" of bfloat16 into float32.
+        return _einsum_of_wider_weight(equation, x, weight, out_sharding)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.shape["context"] > 1:
         return jnp.einsum(equation, x, weight, out_sharding=out_sharding)
@@ -55,6 +60,31 @@ def project(equation: str, x: Array, weight: Array, out_sharding: P | None = Non
     merged = None if out_sharding is None else P(out_sharding[0], *out_sharding[2:])
     y = jnp.einsum(equation.replace("BT", "N"), x.reshape(B * T, *x.shape[2:]), weight, out_sharding=merged)
     return y.reshape(B, T, *y.shape[1:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _einsum_of_wider_weight(equation: str, x: Array, weight: Array, out_sharding: P | None) -> Array:
+    """A plain cast of the weight would have its gradient added up over devices in x's type, before the cast back."""
+    return _wider_forward(equation, x, weight, out_sharding)[0]
+
+
+def _wider_forward(equation: str, x: Array, weight: Array, out_sharding: P | None) -> tuple[Array, tuple[Array, Array]]:
+    narrow = weight.astype(x.dtype)
+    return jnp.einsum(equation, x, narrow, out_sharding=out_sharding), (x, narrow)
+
+
+def _wider_backward(
+    equation: str, out_sharding: P | None, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, narrow = saved
+    of_x, of_weight, of_y = equation.replace("->", ",").split(",")
+    in_x, in_weight = f"{of_y},{of_weight}->{of_x}", f"{of_x},{of_y}->{of_weight}"
+    dx = jnp.einsum(in_x, dy, narrow, out_sharding=jax.typeof(x).sharding.spec)
+    place = jax.typeof(narrow).sharding.spec
+    return dx, jnp.einsum(in_weight, x, dy, preferred_element_type=jnp.float32, out_sharding=place)
+
+
+_einsum_of_wider_weight.defvjp(_wider_forward, _wider_backward)
 
 
 def matrices(params: Any) -> Any:
