@@ -3,8 +3,8 @@
     python3 dev.py quickstart                  everything: install, prepare, train, evaluate, report
     llm-jax train configs/quickstart.py        the training alone; again to go on where it stopped
 
-Expect a loss that falls steeply for the first hundred updates and slowly after that, no gap to speak of between
-training and held-out text, and samples whose indentation and brackets look right while their names are invented.
+Expect fewer bits per byte on held-out modules than zlib -9 needs for them, and samples whose indentation and brackets
+look right while their names are invented.
 """
 
 from llm_jax.data.config import DataConfig
@@ -19,10 +19,10 @@ def config() -> Run:
     return Run(
         name="quickstart",
         run_dir="runs/quickstart",
-        model=ModelConfig(d_model=192, d_ff=512, n_layers=4, n_heads=4, n_kv_heads=4, d_head=48, vocab_size=4096),
+        model=ModelConfig(d_model=128, d_ff=352, n_layers=4, n_heads=4, n_kv_heads=4, d_head=32, vocab_size=2048),
         data=DataConfig(seq_len=256),
-        optim=AdamWConfig(lr=3e-3, warmup_steps=50),
-        train=TrainConfig(steps=600, batch_rows=16),
-        checkpoint=CheckpointConfig(every=200),
-        eval=EvalConfig(every=200, rows=128),
+        optim=AdamWConfig(lr=4e-3, warmup_steps=20, schedule="linear", final_lr_share=0.05),
+        train=TrainConfig(steps=400, batch_rows=16),
+        checkpoint=CheckpointConfig(every=100),
+        eval=EvalConfig(every=100, rows=256),
     )
