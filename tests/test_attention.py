@@ -163,13 +163,13 @@ def first_query_of_rank_forgotten(monkeypatch):
 
 def keys_cut_one_early(monkeypatch):
     """The last block of keys ends one key too soon."""
-    dense = module._dense
+    block = module._block
 
     def short(q, k, v, visible):
         visible = visible.at[:, -1, -1].set(False) if visible.shape[1] != visible.shape[2] else visible
-        return dense(q, k, v, visible)
+        return block(q, k, v, visible)
 
-    monkeypatch.setattr(module, "_dense", short)
+    monkeypatch.setattr(module, "_block", short)
 
 
 def heads_paired_wrongly(monkeypatch):

@@ -39,12 +39,25 @@ def angles(positions_BT: Array, cfg: ModelConfig) -> Angles:
     return Angles(jnp.cos(angle_BT1C), jnp.sin(angle_BT1C))
 
 
+@jax.custom_vjp
 def rotate(x_BTHC: Array, by: Angles) -> Array:
-    """x with its channel pairs turned, in float32, returned in x's type."""
+    """x with its channel pairs turned, in float32, returned in x's type; its gradient is turned back."""
     half = x_BTHC.shape[-1] // 2
     a, b = x_BTHC[..., :half].astype(jnp.float32), x_BTHC[..., half:].astype(jnp.float32)
     turned = [a * by.cos_BT1C - b * by.sin_BT1C, b * by.cos_BT1C + a * by.sin_BT1C]
     return jnp.concatenate(turned, axis=-1).astype(x_BTHC.dtype)
+
+
+def _rotate_forward(x_BTHC: Array, by: Angles) -> tuple[Array, Angles]:
+    return rotate(x_BTHC, by), by
+
+
+def _rotate_backward(by: Angles, dy_BTHC: Array) -> tuple[Array, Angles]:
+    # The angles depend on positions alone, which nothing trains.
+    return rotate(dy_BTHC, Angles(by.cos_BT1C, -by.sin_BT1C)), jax.tree.map(jnp.zeros_like, by)
+
+
+rotate.defvjp(_rotate_forward, _rotate_backward)
 
 
 def residual_scale(cfg: ModelConfig) -> float:
@@ -64,9 +77,7 @@ class Attention(nnx.Module):
             self.q_norm = scale_vector("C", cfg)
             self.k_norm = scale_vector("C", cfg)
 
-    def __call__(
-        self, x_BTD: Array, segments_BT: Array, by: Angles, cfg: ModelConfig, *, causal: bool
-    ) -> Array:
+    def __call__(self, x_BTD: Array, segments_BT: Array, by: Angles, cfg: ModelConfig, *, causal: bool) -> Array:
         q_BTHC = project("BTD,DHC->BTHC", x_BTD, use(self.q, cfg))
         k_BTKC = project("BTD,DKC->BTKC", x_BTD, use(self.k, cfg))
         v_BTKC = project("BTD,DKC->BTKC", x_BTD, use(self.v, cfg))
@@ -101,8 +112,7 @@ class Mlp(nnx.Module):
                 hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
             case "gelu":
                 hidden_BTF = jax.nn.gelu(up_BTF)
-        out_BTD = project("BTF,FD->BTD", hidden_BTF, use(self.down, cfg), out_sharding=acts("BTD"))
-        return checkpoint_name(out_BTD, "mlp_out")
+        return project("BTF,FD->BTD", hidden_BTF, use(self.down, cfg), out_sharding=acts("BTD"))
 
 
 class Block(nnx.Module):
@@ -114,9 +124,7 @@ class Block(nnx.Module):
         self.mlp_norm = scale_vector("D", cfg)
         self.mlp = Mlp(cfg, rngs)
 
-    def __call__(
-        self, x_BTD: Array, segments_BT: Array, by: Angles, cfg: ModelConfig, *, causal: bool
-    ) -> Array:
+    def __call__(self, x_BTD: Array, segments_BT: Array, by: Angles, cfg: ModelConfig, *, causal: bool) -> Array:
         normed_BTD = rms_norm(x_BTD, self.attention_norm, cfg.norm_eps)
         x_BTD += self.attention(normed_BTD, segments_BT, by, cfg, causal=causal)
         return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm, cfg.norm_eps), cfg)
