@@ -13,13 +13,13 @@ START = time.perf_counter()
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
+from llm_jax.data.config import BOS_ID, SPECIAL_PIECES, DataConfig  # noqa: E402
 from llm_jax.mesh import acts, make_mesh  # noqa: E402
 from llm_jax.model.attention import resolve  # noqa: E402
 from llm_jax.model.config import ModelConfig  # noqa: E402
 from llm_jax.objective.config import CausalConfig  # noqa: E402
 from llm_jax.optim.config import AdamWConfig  # noqa: E402
 from llm_jax.run import Run, mesh_sizes  # noqa: E402
-from llm_jax.data.config import BOS_ID, SPECIAL_PIECES, DataConfig  # noqa: E402
 from llm_jax.train.config import MeshConfig, TrainConfig  # noqa: E402
 from llm_jax.train.flops import CONVENTION, flops_per_token, mfu, peak_flops  # noqa: E402
 from llm_jax.train.start import compile_step  # noqa: E402
@@ -111,6 +111,7 @@ def random_rows(run: Run) -> np.ndarray:
 
 
 def main() -> None:
+    """Prints one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", choices=WORKLOADS, default="W1", help="which model and batch (default W1)")
     parser.add_argument("--steps", type=int, default=24, help="timed steps, after two to warm up (default 24)")

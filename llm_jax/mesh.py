@@ -2,8 +2,9 @@
 
 import math
 import os
-from pathlib import Path
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 from jax import P
@@ -12,11 +13,11 @@ from jax.sharding import AxisType, Mesh
 from llm_jax.alphabet import MESH_AXES, act_axes, weight_axes
 from llm_jax.config import ConfigError
 
-# Without this an axis of size 1 stays in an array's type, and P("data", None) differs from P("data", "context") on one device.
+# Without this an axis of size 1 stays in an array's type: P("data", None) would differ from P("data", "context").
 jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
 
 
-def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """The explicit mesh of the given axis sizes; with too many devices it takes the first ones."""
     n = math.prod(sizes.values())
     devices = list(devices if devices is not None else jax.devices())[:n]
@@ -42,8 +43,8 @@ def gathered(letters: str) -> P:
 def join_processes() -> None:
     """Joins the job's other processes, where the environment tells of any; comes before the first use of a device.
 
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID decide where they are set, else what JAX detects (Slurm,
-    Open MPI, TPU pods). Raises ConfigError where fewer processes come together than the launcher advertised.
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID decide where they are set, else what JAX detects
+    (Slurm, Open MPI, TPU pods). Raises ConfigError where fewer processes come together than the launcher advertised.
     """
     triple = {name: os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")}
     missing = [f"JAX_{name}" for name, value in triple.items() if value is None]
@@ -60,7 +61,7 @@ def join_processes() -> None:
             try:
                 jax.distributed.initialize()
             except ValueError as error:
-                raise ConfigError(f"the launcher advertises {advertised} processes, and JAX finds none: {error}") from error
+                raise ConfigError(f"the launcher says there are {advertised} processes; JAX: {error}") from error
     if jax.process_count() != advertised:
         raise ConfigError(f"{jax.process_count()} of the {advertised} processes that the launcher advertises joined")
 
@@ -68,7 +69,7 @@ def join_processes() -> None:
 def _advertised() -> int:
     """How many processes the launcher says there are; 1 without a launcher.
 
-    A bare `python` in an sbatch script has SLURM_NTASKS and no peers: without this count it would train alone, silently.
+    A bare `python` in an sbatch script has SLURM_NTASKS and no peers: without this count it would train alone.
     """
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "localhost").split(",")
     counts = [os.environ.get(name) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
@@ -82,11 +83,11 @@ def _whole_number(name: str, text: str | None) -> int:
 
 
 def keep_compiled() -> None:
-    """Keeps compiled programs between processes: in JAX_COMPILATION_CACHE_DIR, or in a folder of this JAX version's own.
+    """Keeps compiled programs between processes: in JAX_COMPILATION_CACHE_DIR, or in a folder for this JAX version.
 
     A cache is never carried to another machine: CPU code in it may use instructions that the other does not have.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "llm_jax" / f"jax-{jax.__version__}"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,5 +1,6 @@
 """`llm-jax train` as real processes: whatever stops a run, and wherever it goes on, the loss curve does not know."""
 
+import functools
 import json
 import os
 import random
@@ -121,11 +122,10 @@ def test_sigkill_does_not_change_a_bit(uninterrupted: Path, start: Start, tmp_pa
     for _ in range(3):
         running = start(*train(run_dir))
         if moment == "saving":
-            after = _newest(run_dir)
-            wait_for(lambda: any(int(p.name.split(".")[0]) > after + 3 for p in _half_written(run_dir)), running)
+            wait_for(functools.partial(_is_saving, run_dir, _newest(run_dir) + 4), running)
         else:
             goal = min(_newest(run_dir) + draw.randint(1, 12), 36)
-            wait_for(lambda: (run_dir / "metrics.jsonl").exists() and len(_steps(run_dir)) >= goal, running)
+            wait_for(functools.partial(_has_lines, run_dir, goal), running)
             time.sleep(draw.random() * 0.05)
         os.killpg(running.process.pid, signal.SIGKILL)
         running.process.wait()
@@ -135,6 +135,15 @@ def test_sigkill_does_not_change_a_bit(uninterrupted: Path, start: Start, tmp_pa
     assert done.returncode == 0, done.stderr
     assert not _half_written(run_dir)
     assert_same_history(run_dir, uninterrupted)
+
+
+def _is_saving(run_dir: Path, step: int) -> bool:
+    """Whether the checkpoint of that step or a later one is half-written."""
+    return any(int(p.name.split(".")[0]) >= step for p in _half_written(run_dir))
+
+
+def _has_lines(run_dir: Path, n: int) -> bool:
+    return (run_dir / "metrics.jsonl").exists() and len(_steps(run_dir)) >= n
 
 
 def _half_written(run_dir: Path) -> list[Path]:
@@ -154,7 +163,7 @@ def _steps(run_dir: Path) -> list[str]:
 def test_signals_save_and_say_so(uninterrupted: Path, start: Start, tmp_path: Path, number: int, code: int) -> None:
     run_dir = tmp_path / "run"
     running = start(*train(run_dir))
-    wait_for(lambda: (run_dir / "metrics.jsonl").exists() and len(_steps(run_dir)) >= 6, running)
+    wait_for(functools.partial(_has_lines, run_dir, 6), running)
     running.process.send_signal(number)
     done = running.wait()
     assert done.returncode == code, done.stderr
@@ -191,7 +200,7 @@ def _copy_at(run_dir: Path, tmp_path: Path, step: int) -> Path:
 
 @pytest.mark.parametrize("mesh", ["mesh.fsdp=8", "mesh.tensor=8"])
 def test_two_processes_are_one(launch_processes: LaunchProcesses, start: Start, tmp_path: Path, mesh: str) -> None:
-    """2 processes of 4 devices against 1 of 8, tensor parallelism across the two included; saved by two, gone on by one."""
+    """2 processes of 4 devices against 1 of 8, with tensor parallelism across the two as well; one goes on with it."""
     two, one = tmp_path / "two", tmp_path / "one"
     shape = (mesh, "mesh.data=1")
     for result in launch_processes(2, 4, train(two, *shape, "train.steps=12", "optim.schedule=constant")):
@@ -214,7 +223,7 @@ def test_sigterm_to_one_of_two_stops_both_at_the_same_step(start: Start, tmp_pat
     run_dir = tmp_path / "run"
     job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     both = [start(*train(run_dir), devices=2, env=job | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
-    wait_for(lambda: (run_dir / "metrics.jsonl").exists() and len(_steps(run_dir)) >= 4, both[0])
+    wait_for(functools.partial(_has_lines, run_dir, 4), both[0])
     both[1].process.send_signal(signal.SIGTERM)
     for running in both:
         done = running.wait(120)
@@ -246,7 +255,7 @@ def test_other_shapes_are_refused_even_so(uninterrupted: Path, start: Start) -> 
 def test_a_second_trainer_is_refused(start: Start, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     first = start(*train(run_dir, "train.steps=400"))
-    wait_for(lambda: (run_dir / "metrics.jsonl").exists(), first)
+    wait_for(functools.partial(_has_lines, run_dir, 0), first)
     done = start(*train(run_dir, "train.steps=400")).wait()
     assert done.returncode == 3
     assert f"has a trainer at work already: process {first.process.pid} on" in done.stderr
@@ -262,7 +271,9 @@ def test_a_mesh_that_does_not_fit_is_told_in_one_line(cli: Cli, tmp_path: Path) 
 
 def test_init_from_takes_the_weights_and_nothing_else(uninterrupted: Path, start: Start, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    done = start(*train(run_dir, f"train.init_from={uninterrupted}", "train.steps=1", "optim.warmup_steps=0", "optim.lr=1e-12")).wait()
+    done = start(
+        *train(run_dir, f"train.init_from={uninterrupted}", "train.steps=1", "optim.warmup_steps=0", "optim.lr=1e-12")
+    ).wait()
     assert done.returncode == 0, done.stderr
     ours, theirs = arrays(run_dir, 1), arrays(uninterrupted, 40)
     assert int(ours["/step"]) == 1 and int(ours["/batch_index"]) == 1
@@ -273,7 +284,7 @@ def test_init_from_takes_the_weights_and_nothing_else(uninterrupted: Path, start
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_checkpoint_is_passed_over(uninterrupted: Path, start: Start, tmp_path: Path, damage: str) -> None:
-    """Of the newest checkpoint one file is damaged: it is moved aside, the one before is used, and its number saved again."""
+    """One file of the newest checkpoint is damaged: it is moved aside, the one before used, its number saved again."""
     run_dir = tmp_path / "run"
     shutil.copytree(uninterrupted, run_dir)
     newest = run_dir / "checkpoints" / "40"

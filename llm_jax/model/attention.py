@@ -55,7 +55,7 @@ def _dense(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, visible_BTS: Array) -> A
 def _chunked(
     q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, segments_BT: Array, segments_BS: Array, causal: bool
 ) -> Array:
-    """Blocks of queries in up to four spans, each against only the keys it can see; memory O(block * S), not O(T * S)."""
+    """Blocks of queries in up to four spans, each against the keys it can see; memory O(block * S), not O(T * S)."""
     arguments = (q_BTHC, k_BSKC, v_BSKC, segments_BT, segments_BS)
     specs = tuple(acts(letters) for letters in ("BTHC", "BSKC", "BSKC", "BT", "BS"))
 

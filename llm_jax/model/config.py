@@ -46,9 +46,9 @@ class ModelConfig(Config):
     attention: Literal["auto", "xla", "chunked"] = "auto"
     """Attention backend; auto is chunked on a CPU and xla elsewhere, and the choice is printed."""
     logit_chunk: Annotated[int, Ge(1)] | None = None
-    """Logits that a device holds at a time for the loss; null is 2**21 on a CPU, for its caches, and 2**28 elsewhere."""
+    """Logits a device holds at a time for the loss; null is 2**21 on a CPU, for its caches, and 2**28 elsewhere."""
     unroll: Annotated[int, Ge(1)] = 1
-    """Layers in one turn of the scan: more is faster on a CPU (a quarter, when all) and compiles longer."""
+    """Layers in one turn of the scan: more can be faster on a CPU, and compiles longer."""
     remat: Literal["none", "dots", "full"] | tuple[TensorName, ...] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, everything, or all but the named tensors."""
 

@@ -78,6 +78,7 @@ class Attention(nnx.Module):
             self.k_norm = scale_vector("C", cfg)
 
     def __call__(self, x_BTD: Array, segments_BT: Array, by: Angles, cfg: ModelConfig, *, causal: bool) -> Array:
+        """x_BTD normed, in the compute type; returns what is added to the residual stream."""
         q_BTHC = project("BTD,DHC->BTHC", x_BTD, use(self.q, cfg))
         k_BTKC = project("BTD,DKC->BTKC", x_BTD, use(self.k, cfg))
         v_BTKC = project("BTD,DKC->BTKC", x_BTD, use(self.v, cfg))
@@ -105,6 +106,7 @@ class Mlp(nnx.Module):
         self.down = matrix("FD", cfg, rngs, fan_in="F", scale=residual_scale(cfg))
 
     def __call__(self, x_BTD: Array, cfg: ModelConfig) -> Array:
+        """x_BTD normed, in the compute type; returns what is added to the residual stream."""
         up_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, use(self.up, cfg)), "mlp_up")
         match cfg.mlp:
             case "swiglu":
@@ -125,6 +127,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(cfg, rngs)
 
     def __call__(self, x_BTD: Array, segments_BT: Array, by: Angles, cfg: ModelConfig, *, causal: bool) -> Array:
+        """The residual stream after this layer."""
         normed_BTD = rms_norm(x_BTD, self.attention_norm, cfg.norm_eps)
         x_BTD += self.attention(normed_BTD, segments_BT, by, cfg, causal=causal)
         return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm, cfg.norm_eps), cfg)

@@ -1,4 +1,4 @@
-"""How a checkpoint names its arrays: nested dicts of strings, layers by their number and not by their place in a scan."""
+"""How a checkpoint names its arrays: nested dicts of strings, layers by number and not by their place in a scan."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ STACKED = "layers"
 
 
 def to_tree(state: Any) -> Tree:
-    """A state as nested dicts; what is stacked under `layers` becomes one entry a layer. Call it inside jit or eval_shape."""
+    """A state as nested dicts; what is stacked under `layers` becomes an entry a layer. For jit or eval_shape."""
     tree: Tree = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         keys = _keys(path)
@@ -39,7 +39,7 @@ def from_tree(tree: Tree, like: Any) -> Any:
 
 
 def placed(abstract: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Shapes whose shardings name mesh axes only, as shapes on this mesh's devices; what has no sharding is replicated."""
+    """Shapes whose shardings only name mesh axes, on this mesh's devices; what has no sharding is replicated."""
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         spec = x.sharding.spec if x.sharding is not None else jax.P()

@@ -52,14 +52,16 @@ def _fused_forward(
 ) -> tuple[tuple[Array, Sums], tuple[Array, Array] | None]:
     """Inside the wall each device has its own tokens and its own part of the vocabulary."""
 
-    def local(x_BTD: Array, head_VD: Array, targets_BT: Array, weights_BT: Array):
+    def local(
+        x_BTD: Array, head_VD: Array, targets_BT: Array, weights_BT: Array
+    ) -> tuple[Array, tuple[Array, Array] | None]:
         D = x_BTD.shape[-1]
         n = targets_BT.size
         chunks = _chunk_count(n, head_VD.shape[0], cfg)
         x_QND = x_BTD.reshape(chunks, n // chunks, D)
         targets_QN, weights_QN = (a.reshape(chunks, n // chunks) for a in (targets_BT, weights_BT))
 
-        def one_chunk(dhead_VD: Array, chunk: tuple[Array, Array, Array]):
+        def one_chunk(dhead_VD: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
             x_ND, targets_N, weights_N = chunk
             logits_NV, slope_NV = _local_logits(x_ND, head_VD, cfg)
             part = _vocabulary_sums(logits_NV, targets_N)
@@ -94,7 +96,9 @@ def _fused_forward(
     return (parts.nll + z_loss * parts.z_squared, parts), gradients
 
 
-def _fused_backward(cfg: ModelConfig, z_loss: float, gradients: tuple[Array, Array], cotangents: tuple[Array, Sums]):
+def _fused_backward(
+    cfg: ModelConfig, z_loss: float, gradients: tuple[Array, Array], cotangents: tuple[Array, Sums]
+) -> tuple[Array, Array, None, None]:
     dx_BTD, dhead_VD = gradients
     scale = cotangents[0]
     return dx_BTD * scale.astype(dx_BTD.dtype), dhead_VD * scale.astype(dhead_VD.dtype), None, None
@@ -104,7 +108,7 @@ _fused.defvjp(_fused_forward, _fused_backward)
 
 
 def token_scores(x_BTD: Array, head_VD: Array, targets_BT: Array, cfg: ModelConfig) -> tuple[Array, Array]:
-    """Negative log-likelihood in nats and whether the target is the first guess, both float32 [B, T]; for evaluation."""
+    """Nats of each target and whether it is the first guess, both float32 [B, T]; for evaluation."""
 
     def local(x_BTD: Array, head_VD: Array, targets_BT: Array) -> tuple[Array, Array]:
         n = targets_BT.size

@@ -1,4 +1,4 @@
-"""The optimizer as optax transforms without a learning rate: the step multiplies by it, so that it follows the step count."""
+"""The optimizer as optax transforms without a learning rate: the step multiplies by it, since it follows `step`."""
 
 from typing import Any
 

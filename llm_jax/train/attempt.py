@@ -103,12 +103,18 @@ def describe(session: Session, report: Report) -> None:
     run, mesh = session.run, session.mesh
     device = mesh.devices.flat[0]
     epochs = run.train.steps * run.train.batch_rows / session.prepared.rows_info["splits"]["train"]["rows"]
-    report(f"model: {short(parameters(run.model))} parameters, {run.model.n_layers} layers of width {run.model.d_model}")
+    report(
+        f"model: {short(parameters(run.model))} parameters, {run.model.n_layers} layers of width {run.model.d_model}"
+    )
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    report(f"mesh: {axes} ({mesh.size} {device.device_kind}); attention {run.model.attention}, {run.model.compute_dtype}")
-    report(f"training: {run.train.steps} steps of {run.tokens_per_step} tokens, {epochs:.2f} times through the training text")
+    report(
+        f"mesh: {axes} ({mesh.size} {device.device_kind}); attention {run.model.attention}, {run.model.compute_dtype}"
+    )
+    report(f"training: {run.train.steps} steps of {run.tokens_per_step} tokens, {epochs:.2f} times through the text")
     peak = peak_flops(device.device_kind, run.model.compute_dtype)
-    told = "no peak is known for this device, so no MFU" if peak is None else f"MFU of {short(peak)}FLOP/s by {CONVENTION}"
+    told = (
+        "no peak is known for this device, so no MFU" if peak is None else f"MFU of {short(peak)}FLOP/s by {CONVENTION}"
+    )
     report(told)
 
 

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
@@ -22,7 +22,7 @@ class Guards:
     def __init__(self) -> None:
         self._asked: int | None = None
         self._tick = 0
-        self._previous: dict[int, signal.Handlers] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         signals = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
@@ -34,7 +34,7 @@ class Guards:
             signal.signal(number, handler)
 
     def stop(self) -> bool:
-        """Whether to stop now: the same answer on all processes. Every process calls it equally often, in the same places."""
+        """Whether to stop now: the same answer on all processes, which call it equally often, in the same places."""
         if jax.process_count() == 1:
             return self._asked is not None
         # The service compares ticks, and demands that they rise by one at every call.

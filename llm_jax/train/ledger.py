@@ -25,7 +25,9 @@ class NonFinite(exit_codes.Failure):
 class Ledger:
     """Holds the update under way; its line is written when the device has finished it."""
 
-    def __init__(self, log: Log, flops: FlopsPerToken, tokens_per_step: int, peak: float | None, n_devices: int) -> None:
+    def __init__(
+        self, log: Log, flops: FlopsPerToken, tokens_per_step: int, peak: float | None, n_devices: int
+    ) -> None:
         """flops: of a token; tokens_per_step: positions of an update; peak: FLOP/s of one device, None if not known."""
         self._log = log
         self._tokens_per_step = tokens_per_step
@@ -44,7 +46,7 @@ class Ledger:
         self._under_way = (step, metrics, wait_seconds)
 
     def settle(self) -> None:
-        """Fetches and writes the update under way, if there is one. Raises NonFinite after too many bad ones in a row."""
+        """Fetches and writes the update under way, if any. Raises NonFinite after too many bad ones in a row."""
         if self._under_way is None:
             return
         step, on_device, wait_seconds = self._under_way

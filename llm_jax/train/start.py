@@ -44,13 +44,15 @@ class Session:
 
 
 def mesh_of(run: Run) -> Mesh:
-    """The run's mesh on the job's devices. Raises ConfigError where it does not fit them, or the run does not fit it."""
+    """The run's mesh on the job's devices. Raises ConfigError where it does not fit them, or the run it."""
     sizes = mesh_sizes(run.mesh, jax.device_count())
     check_mesh(run, sizes)
     used = math.prod(sizes.values())
     if used < jax.device_count():
         if jax.process_count() > 1:
-            raise ConfigError(f"the mesh uses {used} of {jax.device_count()} devices; with several processes it uses all")
+            raise ConfigError(
+                f"the mesh uses {used} of {jax.device_count()} devices; with several processes it uses all"
+            )
         print(f"the mesh uses {used} of {jax.device_count()} devices")
     return make_mesh(sizes)
 
@@ -156,7 +158,9 @@ def refuse_drift(
         raise Refused(f"{run.run_dir} was trained with another tokenizer; choose another run_dir")
     then = config.from_json(Run, json.dumps(meta["run"]))
     if shapes_of(then) != shapes_of(run):
-        raise Refused(f"{run.run_dir} holds weights of other shapes; choose another run_dir\n{_lines(meta['run'], run)}")
+        raise Refused(
+            f"{run.run_dir} holds weights of other shapes; choose another run_dir\n{_lines(meta['run'], run)}"
+        )
     drift = [d for d in config.diff(meta["run"], config.tree(run)) if not _is_free(d.path)]
     lines = [f"  {d.path}: {d.old!r} -> {d.new!r}" for d in drift]
     if meta["data"] != prepared.fingerprint:
@@ -183,5 +187,6 @@ def _lines(old: dict[str, Any], run: Run) -> str:
 
 def _is_free(path: str) -> bool:
     # What depends on the platform is settled anew on every machine.
-    return path in ("model.attention", "model.logit_chunk") or any(path == free or path.startswith(f"{free}.") for free in FREE_TO_CHANGE)
-
+    return path in ("model.attention", "model.logit_chunk") or any(
+        path == free or path.startswith(f"{free}.") for free in FREE_TO_CHANGE
+    )

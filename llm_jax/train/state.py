@@ -29,7 +29,7 @@ class TrainState:
 
 
 def init_state(cfg: ModelConfig, optim: OptimConfig, seed: int) -> TrainState:
-    """The state before the first update, born sharded; the same weights on every mesh. Call it inside jit or eval_shape."""
+    """The state before the first update, born sharded, the same on every mesh. For use in jit or eval_shape."""
     _, params = nnx.split(Transformer(cfg, nnx.Rngs(params=jax.random.key(seed))))
     return with_params(params, optim)
 

@@ -1,5 +1,6 @@
 """One update, as a pure function: a batch's rows in, the next state and what to report out."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -76,7 +77,8 @@ def gradient_sums(
 
     def loss(params: nnx.State, batch: Batch) -> tuple[Array, Sums]:
         losses, statistics = causal.sums(nnx.merge(graph, params), batch, cfg, objective)
-        return sum(divide(value, weights[name]) for name, value in losses.items()), statistics
+        shares = [divide(value, weights[name]) for name, value in losses.items()]
+        return functools.reduce(jnp.add, shares), statistics
 
     gradient_of = jax.grad(loss, has_aux=True)
     first = jax.tree.map(lambda x: x[0], batch_A)
