@@ -68,7 +68,7 @@ def generate(argv: Sequence[str]) -> int:
 
 
 def _add_run_directory(parser: Parser) -> None:
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="a run's directory, such as runs/quickstart; only read")
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="a run's directory, such as runs/quickstart")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="path=value", help="change a field of eval or mesh, or data.dir"
     )
