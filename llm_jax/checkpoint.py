@@ -39,6 +39,7 @@ STATE = "state"
 UNFINISHED = ".orbax-checkpoint-tmp"
 
 _opened = itertools.count()
+_left_open: list[asyncio.AbstractEventLoop] = []
 
 
 class CheckpointError(exit_codes.Failure):
@@ -60,9 +61,8 @@ class Checkpoints:
         self._read_only = read_only
         self._handler = named_arrays.handler()
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        # As long as this lives: a write that fails beside another one reports to it late.
         self._loop = asyncio.new_event_loop()
-        weakref.finalize(self, self._loop.close)
+        self._end_of_loop = weakref.finalize(self, self._loop.close)
         self._pending: concurrent.futures.Future[None] | None = None
         self._just_verified: int | None = None
         self._topic = f"checkpoints {next(_opened)}"
@@ -229,6 +229,12 @@ class Checkpoints:
                     problem = problem or error
         except Exception as error:  # noqa: BLE001 - as above
             problem = error
+        if problem is not None:
+            # Beside the write that failed others may fail later, and report to this loop: it stays open for good.
+            self._end_of_loop.detach()
+            _left_open.append(self._loop)
+            self._loop = asyncio.new_event_loop()
+            self._end_of_loop = weakref.finalize(self, self._loop.close)
         return problem
 
     def _commit(self, step: int, copied: concurrent.futures.Future, record: bytes, what: str) -> None:

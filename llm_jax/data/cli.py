@@ -17,6 +17,12 @@ _PREPARE_EXAMPLES = """\
   llm-jax data prepare configs/quickstart.py
   llm-jax data prepare configs/quickstart.py data.source.kind=files data.source.paths=my/texts"""
 
+_USAGE = """\
+usage: llm-jax data prepare CONFIG [path=value ...]
+       llm-jax data show CONFIG [path=value ...] [--step T] [--rows N]
+
+Make a run's text, tokenizer and rows, or print rows of a batch as text; each has its own --help."""
+
 _SHOW_EXAMPLES = """\
   llm-jax data show configs/quickstart.py --step 0
   llm-jax data show configs/quickstart.py --step 100 --rows 2"""
@@ -30,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         case ["show", *rest]:
             return _show(rest)
         case ["-h" | "--help", *_]:
-            print("usage: llm-jax data prepare|show CONFIG [path=value ...]; each has its own --help")
+            print(f"{_USAGE}\n\nexamples:\n{_PREPARE_EXAMPLES}\n{_SHOW_EXAMPLES}")
             return DONE
         case _:
             raise ConfigError(f"llm-jax data {' '.join(argv[:1])}: say data prepare or data show, then a config file")

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from flax import nnx
 
 from llm_jax import config, exit_codes
 from llm_jax.data.loader import open_rows
-from llm_jax.eval.validation import make_validation
+from llm_jax.eval.validation import Validate, make_validation
 from llm_jax.model.paths import to_tree
 from llm_jax.processes import settle
 from llm_jax.run import Run
@@ -60,14 +61,7 @@ def go(session: Session, guards: Guards) -> int:
     peak = peak_flops(device.device_kind, run.model.compute_dtype)
     meta = checkpoint_meta(run, session.prepared, environment.versions())
     name_arrays = jax.jit(to_tree)
-    look = make_validation(
-        run.model,
-        run.objective,
-        run.eval,
-        open_rows(session.prepared, "validation"),
-        session.prepared.tokenizer.piece_bytes,
-        cross_documents=run.data.cross_documents,
-    )
+    look = make_look(session) if run.eval.every else no_look
     is_first = jax.process_index() == 0
     if is_first:
         write_run(session)
@@ -87,6 +81,22 @@ def go(session: Session, guards: Guards) -> int:
         ledger = Ledger(log, flops, run.tokens_per_step, peak, session.mesh.size)
         validated = int(settle("validated", "", lambda _: str(log.validated)))
         return train(session, guards, ledger, save=save, validate=validate, validated=validated)
+
+
+def make_look(session: Session) -> Validate:
+    """The look at held-out rows. Raises DataError where there are none."""
+    return make_validation(
+        session.run.model,
+        session.run.objective,
+        session.run.eval,
+        open_rows(session.prepared, "validation"),
+        session.prepared.tokenizer.piece_bytes,
+        cross_documents=session.run.data.cross_documents,
+    )
+
+
+def no_look(params: nnx.State, stop: Callable[[], bool]) -> None:
+    """eval.every = 0: nobody looks."""
 
 
 def write_run(session: Session) -> None:

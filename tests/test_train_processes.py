@@ -1,0 +1,41 @@
+"""Two processes of `llm-jax train` against one: the same batches, the same losses, stopped at the same step."""
+
+import functools
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import LaunchProcesses, Start, free_port
+from tests.training import assert_close, has_lines, newest, steps_written, train, wait_for
+
+
+@pytest.mark.parametrize("mesh", ["mesh.fsdp=8", "mesh.tensor=8"])
+def test_two_processes_are_one(launch_processes: LaunchProcesses, start: Start, tmp_path: Path, mesh: str) -> None:
+    """2 processes of 4 devices against 1 of 8, with tensor parallelism across the two as well; one goes on with it."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    shape = (mesh, "mesh.data=1")
+    for result in launch_processes(2, 4, train(two, *shape, "train.steps=12", "optim.schedule=constant")):
+        assert result.returncode == 0, result.stdout + result.stderr
+    done = start(*train(one, *shape, "train.steps=12", "optim.schedule=constant"), devices=8).wait()
+    assert done.returncode == 0, done.stderr
+    assert_close(two, one, 1e-6)
+    # One process goes on with what two have saved; a longer run is a drift that shapes no constant schedule.
+    more = ("train.steps=16", "optim.schedule=constant", "--allow-drift")
+    for run_dir in (two, one):
+        done = start(*train(run_dir, *more)).wait()
+        assert done.returncode == 0, done.stderr
+        assert "allowed drift: train.steps: 12 -> 16" in done.stdout
+    assert_close(two, one, 1e-5)
+
+
+def test_sigterm_to_one_of_two_stops_both_at_the_same_step(start: Start, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    both = [start(*train(run_dir), devices=2, env=job | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    wait_for(functools.partial(has_lines, run_dir, 4), both[0])
+    both[1].process.send_signal(signal.SIGTERM)
+    for running in both:
+        done = running.wait(120)
+        assert done.returncode == 75, done.stdout + done.stderr
+    assert newest(run_dir) == len(steps_written(run_dir)) < 40
