@@ -1,0 +1,66 @@
+"""What the documents say to type is typed here, as it stands."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Cli
+
+QUICK = ("train.steps=12", "optim.warmup_steps=2", "checkpoint.every=6", "eval.every=6", "eval.rows=32")
+
+
+def commands(text: str) -> list[str]:
+    """The fenced bash blocks of a Markdown text."""
+    return re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_first_two_commands_are_dev_py_s() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert commands(readme)[:2] == ["python3 dev.py quickstart\n", "python3 dev.py test\n"]
+
+
+def test_links_and_files_that_the_readme_names_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", readme):
+        assert (ROOT / target).exists(), target
+    for config in set(re.findall(r"configs/\w+\.py", readme)):
+        assert (ROOT / config).exists(), config
+
+
+@pytest.mark.slow
+def test_the_readme_s_commands_run_as_they_stand(tmp_path: Path) -> None:
+    """All but the first two, in their order, in one shell, in a copy of the project with this environment."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    script = "set -eux\n" + "\n".join(commands((ROOT / "README.md").read_text())[2:])
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_NUM", "PYTHON"))}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    for run in ("tiny_causal", "own", "stopped", "mesh", "two"):
+        assert (tmp_path / "runs" / run / "metrics.jsonl").exists(), run
+    assert (tmp_path / "runs" / "tiny_causal" / "report.html").exists()
+
+
+def test_quickstart_s_programs_in_a_row(cli: Cli, tmp_path: Path) -> None:
+    """The three programs of `dev.py quickstart`, with few steps: it ends with a sample and the report's path."""
+    data = f"data.dir={ROOT / '.cache' / 'data'}"
+    run_dir = tmp_path / "runs" / "quickstart"
+    trained = cli("train", str(ROOT / "configs" / "quickstart.py"), data, *QUICK)
+    assert trained.returncode == 0, trained.stderr
+    scored = cli("eval", str(run_dir))
+    assert scored.returncode == 0, scored.stderr
+    assert "bits per byte" in scored.stdout and "of zlib -9" in scored.stdout and "a sample, after" in scored.stdout
+    reported = cli("report", str(run_dir))
+    assert reported.returncode == 0, reported.stderr
+    assert reported.stdout.strip().endswith("report.html")
+    page = (run_dir / "report.html").read_text()
+    assert "zlib" in page and "long lines" in page
