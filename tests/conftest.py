@@ -27,6 +27,10 @@ EMULATED = {
 }
 STRICT = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_REMOVE_SIZE_ONE_MESH_AXIS_FROM_TYPE": "true"}
 
+# A job that a shell put into the background ignores Ctrl-C, and so would everything that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # JAX reads its environment once, when it is first imported; tests that need no JAX do not wait for it.
 assert "jax" not in sys.modules, "JAX was imported before tests/conftest.py could set it up"
 os.environ |= EMULATED | STRICT

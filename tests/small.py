@@ -33,7 +33,7 @@ B, U = 8, 33
 
 # Half the compile time, or a quarter where XLA still has its older emitters: the same program to the partitioner, and
 # code that rounds elsewhere. For programs that are held against others compiled this way, not for times.
-QUICKLY: dict[str, int | bool] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):
     QUICKLY["xla_cpu_use_fusion_emitters"] = False
 
@@ -44,9 +44,14 @@ def mesh_of(**sizes: int) -> Mesh:
     return make_mesh({axis: sizes.get(axis, 1) for axis in MESH_AXES})
 
 
-@functools.cache
 def weights_of(cfg: ModelConfig, seed: int = 0) -> nnx.State:
     """The initial weights as numpy arrays; norms' scales are drawn too, since ones would hide where they go."""
+    return _weights_of(cfg.model_dump_json(), seed)
+
+
+@functools.cache
+def _weights_of(json: str, seed: int) -> nnx.State:
+    cfg = ModelConfig.model_validate_json(json)
     with jax.set_mesh(mesh_of()):
         init = jax.jit(lambda key: nnx.split(Transformer(cfg, nnx.Rngs(params=key)))[1], compiler_options=QUICKLY)
         params = jax.device_get(init(jax.random.key(seed)))

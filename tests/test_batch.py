@@ -39,7 +39,7 @@ def wrong_entries(mesh: dict[str, int]) -> int:
             expected = (token, document, t - start, target, weight)
             fields = (batch.tokens_BT, batch.segments_BT, batch.positions_BT, batch.targets_BT, batch.weights_BT)
             wrong += sum(field[0, b, t] != value for field, value in zip(fields, expected, strict=True))
-    return wrong
+    return int(wrong)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -98,7 +98,7 @@ class Hash:
     def __call__(self, rows: np.ndarray, index: int = 0, accumulation: int = 1) -> int:
         with jax.set_mesh(self.devices):
             rows_ABU = put(rows.reshape(accumulation, B // accumulation, U), "ABU", self.devices)
-            return int(self.function(rows_ABU, put(np.int32(index), "", self.devices)))
+            return int(self.function(rows_ABU, put(np.asarray(index, np.int32), "", self.devices)))
 
 
 def reference_hash(rows: np.ndarray, index: int) -> int:

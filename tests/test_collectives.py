@@ -34,19 +34,22 @@ def step_function() -> Step:
 
 
 def compile_anew(lowered: jax.stages.Lowered) -> str:
-    """The optimised program; what comes from a cache has nothing to say on stderr."""
+    """The optimised program, compiled anew: what comes from a cache has nothing to say on stderr."""
     jax.config.update("jax_enable_compilation_cache", False)
     # Whether there is a cache is decided once, until it is reset.
     compilation_cache.reset_cache()
     try:
-        return lowered.compile(QUICKLY).as_text()
+        return text_of(lowered)
     finally:
         jax.config.update("jax_enable_compilation_cache", True)
         compilation_cache.reset_cache()
 
 
-def compile_once(lowered: jax.stages.Lowered) -> str:
-    return lowered.compile(QUICKLY).as_text()
+def text_of(lowered: jax.stages.Lowered) -> str:
+    """The optimised program."""
+    text = lowered.compile(QUICKLY).as_text()
+    assert text is not None
+    return text
 
 
 def compiled_step(mesh: dict[str, int], compiled: Callable[[jax.stages.Lowered], str]) -> str:
@@ -75,7 +78,7 @@ MESHES = {
 }
 
 
-def unexpected(name: str, compiled: Callable[[jax.stages.Lowered], str] = compile_once) -> list[str]:
+def unexpected(name: str, compiled: Callable[[jax.stages.Lowered], str] = text_of) -> list[str]:
     """What a mesh's program communicates beyond what is written down."""
     mesh, gathers, reduces = MESHES[name]
     counts = collectives(compiled_step(mesh, compiled))
@@ -144,7 +147,7 @@ def programs_compiled(wrap: Callable[[Step], Step], mesh: dict[str, int], donate
             for rows_ABU in batches:
                 state, _ = step(state, rows_ABU)
         assert int(state.step) == 3
-    return step._cache_size()
+    return step._cache_size()  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
 
 
 @pytest.mark.parametrize("name", ["fsdp 8", "data 2 x expert 2 x tensor 2"])

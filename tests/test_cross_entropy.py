@@ -35,8 +35,8 @@ def inputs(cfg: ModelConfig) -> tuple[np.ndarray, ...]:
 
 def naive(cfg: ModelConfig, z_loss: float) -> list[np.ndarray]:
     """total, nll, squared log-normaliser and correct summed, and the gradients of x and head, in float64 by hand."""
-    x, head, targets, weights = (a.astype(np.float64) if a.dtype != np.int32 else a for a in inputs(cfg))
-    head = head[: cfg.vocab_size]
+    x, head, targets, weights = inputs(cfg)
+    x, head, weights = x.astype(np.float64), head[: cfg.vocab_size].astype(np.float64), weights.astype(np.float64)
     logits = x @ head.T
     slope = np.ones_like(logits)
     if cfg.logit_soft_cap:

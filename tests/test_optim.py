@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -234,7 +235,7 @@ def bytes_of(tree) -> list[bytes]:
 
 def poisoned(state: TrainState, value: float) -> TrainState:
     """The state with one number of one weight replaced."""
-    embed = state.params["embed"]
+    embed: Any = state.params["embed"]
     weights = jax.tree.map(lambda x: x, state.params)
     weights["embed"] = embed.replace(embed.get_value().at[7, 3].set(value))
     return dataclasses.replace(state, params=weights)
@@ -296,7 +297,7 @@ def test_the_learning_rate_follows_the_step_also_past_a_skipped_update(trainer):
 
 def test_the_optimizer_runs_on_a_mesh_and_its_state_is_sharded_as_the_weights():
     sharded = Trainer(OPTIM, {"fsdp": 2, "tensor": 4})
-    state, _ = sharded(sharded.state, ragged_rows(0))
+    state = sharded(sharded.state, ragged_rows(0))[0]
     for moments in (state.opt_state[0].mu, state.opt_state[0].nu):
         types = jax.tree.map(lambda x: x.sharding, moments)
         assert jax.tree.leaves(types) == jax.tree.leaves(jax.tree.map(lambda x: x.sharding, state.params))
