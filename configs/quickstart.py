@@ -22,7 +22,7 @@ def config() -> Run:
         model=ModelConfig(d_model=128, d_ff=352, n_layers=4, n_heads=4, n_kv_heads=4, d_head=32, vocab_size=2048),
         data=DataConfig(seq_len=256),
         optim=AdamWConfig(lr=4e-3, warmup_steps=20, schedule="linear", final_lr_share=0.05),
-        train=TrainConfig(steps=350, batch_rows=16),
+        train=TrainConfig(steps=300, batch_rows=16),
         checkpoint=CheckpointConfig(every=100),
         eval=EvalConfig(every=100, rows=256),
     )
