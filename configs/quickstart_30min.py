@@ -1,4 +1,4 @@
-"""The newcomer's run with half an hour of a 4-core CPU: a wider and deeper model, and the text three times over.
+"""The newcomer's run with half an hour of a 4-core CPU: a wider and deeper model, and the text twice over.
 
     llm-jax train configs/quickstart_30min.py
     llm-jax eval runs/quickstart_30min
