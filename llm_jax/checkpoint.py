@@ -39,7 +39,6 @@ STATE = "state"
 UNFINISHED = ".orbax-checkpoint-tmp"
 
 _opened = itertools.count()
-_left_open: list[asyncio.AbstractEventLoop] = []
 
 
 class CheckpointError(exit_codes.Failure):
@@ -62,7 +61,7 @@ class Checkpoints:
         self._handler = named_arrays.handler()
         self._worker = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._loop = asyncio.new_event_loop()
-        self._end_of_loop = weakref.finalize(self, self._loop.close)
+        weakref.finalize(self, self._loop.close)
         self._pending: concurrent.futures.Future[None] | None = None
         self._just_verified: int | None = None
         self._topic = f"checkpoints {next(_opened)}"
@@ -230,11 +229,9 @@ class Checkpoints:
         except Exception as error:  # noqa: BLE001 - as above
             problem = error
         if problem is not None:
-            # Beside the write that failed others may fail later, and report to this loop: it stays open for good.
-            self._end_of_loop.detach()
-            _left_open.append(self._loop)
+            # Beside the write that failed others may fail later, and report to this loop: the next save has its own.
             self._loop = asyncio.new_event_loop()
-            self._end_of_loop = weakref.finalize(self, self._loop.close)
+            weakref.finalize(self, self._loop.close)
         return problem
 
     def _commit(self, step: int, copied: concurrent.futures.Future, record: bytes, what: str) -> None:
@@ -370,7 +367,16 @@ def _one_line(error: Exception) -> str:
 
 def _is_news(record: logging.LogRecord) -> bool:
     """A failed write is told in one line by whoever waits for it; the writing threads' own tracebacks are not."""
-    return "_SignalingThread" not in str(record.msg)
+    message = record.getMessage()
+    return "_SignalingThread" not in message and not ("never retrieved" in message and "orbax" in message)
 
 
-logging.getLogger("absl").addFilter(_is_news)
+def _tell_unraisable(before: Callable[[Any], Any], unraisable: Any) -> None:
+    """After a failed write the others of its thread report to an event loop that Orbax has closed: nobody's loss."""
+    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+        before(unraisable)
+
+
+for _logger in ("absl", "asyncio"):
+    logging.getLogger(_logger).addFilter(_is_news)
+sys.unraisablehook = functools.partial(_tell_unraisable, sys.unraisablehook)
