@@ -2,7 +2,8 @@
 
 A accumulation step   B batch row      U token of a stored row (T + 1)   T query position   S key position
 D model width         F feed-forward   H query head                      K kv head          G query heads of one kv head
-C head channel        V vocabulary     L layer
+C head channel        V vocabulary     L layer             N predicted position
+E expert              X chosen expert  M slot in an expert
 """
 
 from collections.abc import Mapping
@@ -11,11 +12,19 @@ from llm_jax.config import ConfigError
 
 MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
 
-WEIGHT_AXES: Mapping[str, str] = {"D": "fsdp", "F": "tensor", "H": "tensor", "K": "tensor", "V": "tensor"}
+WEIGHT_AXES: Mapping[str, str] = {
+    "D": "fsdp",
+    "F": "tensor",
+    "H": "tensor",
+    "K": "tensor",
+    "V": "tensor",
+    "E": "expert",
+}
 
 ACT_AXES: Mapping[str, str | tuple[str, ...]] = {
     "B": ("data", "fsdp", "expert"),
     "T": "context",
+    "N": "context",
     "F": "tensor",
     "H": "tensor",
     "K": "tensor",

@@ -13,7 +13,7 @@ from llm_jax.mesh import acts
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a model reads and is asked; int32, weights float32; all T letters may be sharded over context.
+    """What a model reads and is asked; int32, weights float32; all T and N letters may be sharded over context.
 
     In the step every field has a leading A, the microbatches.
     """
@@ -21,8 +21,10 @@ class Batch:
     tokens_BT: Array
     segments_BT: Array
     positions_BT: Array
-    targets_BT: Array
-    weights_BT: Array
+    targets_BN: Array
+    weights_BN: Array
+    places_BN: Array | None = None
+    """The predicted positions; None: every one, N = T."""
 
 
 def documents(rows_BU: Array) -> tuple[Array, Array]:
@@ -36,6 +38,16 @@ def documents(rows_BU: Array) -> tuple[Array, Array]:
     segments_BU = jnp.cumsum(starts_BU.astype(jnp.int32), axis)
     first_BU = jax.lax.cummax(jnp.where(starts_BU, index_BU, 0), axis)
     return segments_BU, index_BU - first_BU
+
+
+def row_keys(key: Array, first: Array | int, A: int, B: int) -> Array:
+    """A key for each row [A, B] of a batch: key folded with the row's number, first + a * B + b.
+
+    So what is drawn for a row depends neither on the microbatch nor on the device or process that holds it.
+    """
+    a_AB, b_AB = (jax.lax.broadcasted_iota(jnp.uint32, (A, B), axis, out_sharding=acts("AB")) for axis in (0, 1))
+    row_AB = jnp.uint32(first) + a_AB * jnp.uint32(B) + b_AB
+    return jax.vmap(jax.vmap(lambda row: jax.random.fold_in(key, row)))(row_AB)
 
 
 def place(array_ABT: Array) -> Array:

@@ -16,6 +16,7 @@ from llm_jax.data import config as data_config
 from llm_jax.data.config import DataConfig, TokenizerConfig
 from llm_jax.eval.config import EvalConfig
 from llm_jax.model.config import ModelConfig
+from llm_jax.objective import config as objective_config
 from llm_jax.objective.config import CausalConfig, ObjectiveConfig
 from llm_jax.optim.config import AdamWConfig, OptimConfig
 from llm_jax.train.config import CheckpointConfig, LoggingConfig, MeshConfig, TrainConfig
@@ -80,7 +81,12 @@ def from_command_line(path: str | Path, overrides: Sequence[str]) -> Run:
 def check(run: Run) -> None:
     """Raises ConfigError where sections contradict each other; needs no device."""
     run.model.check()
+    if 0 < run.model.learned_positions < run.data.seq_len:
+        raise ConfigError(
+            f"data.seq_len = {run.data.seq_len} is more than model.learned_positions = {run.model.learned_positions}"
+        )
     data_config.check(run.data)
+    objective_config.check(run.objective)
     run.train.check()
     run.optim.check(run.train.steps)
     run.eval.check(run.data.seq_len)
@@ -136,6 +142,11 @@ def check_weights(model: ModelConfig, sizes: dict[str, int]) -> None:
         sizes,
         alphabet.WEIGHT_AXES,
     )
+    if model.moe is not None:
+        experts = {"E": ("model.moe.experts", model.moe.experts), "F": ("model.moe.d_ff", model.moe.d_ff)}
+        alphabet.check_divisible(experts, sizes, alphabet.WEIGHT_AXES)
+        shared = {"F": ("model.moe.shared_d_ff", model.moe.shared_d_ff)}
+        alphabet.check_divisible(shared, sizes, alphabet.WEIGHT_AXES)
 
 
 def _product(sizes: dict[str, int]) -> str:

@@ -10,10 +10,10 @@ import pytest
 from llm_jax.batch import Batch, documents
 from llm_jax.data.config import BOS_ID, PAD_ID
 from llm_jax.mesh import acts
-from llm_jax.objective import causal
+from llm_jax.objective import causal, loss
 from llm_jax.train import step
 from llm_jax.train.step import batch_hash
-from tests.small import B, U, mesh_of, packed_row, plain_rows, put, ragged_rows
+from tests.small import CFG, B, U, mesh_of, packed_row, plain_rows, put, ragged_rows
 
 MESHES = ({}, {"data": 8}, {"fsdp": 2, "tensor": 4}, {"context": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "expert": 2})
 ROWS = ragged_rows(0)
@@ -37,7 +37,7 @@ def wrong_entries(mesh: dict[str, int]) -> int:
                 document, start = document + 1, t
             weight = 0.0 if target in (BOS_ID, PAD_ID) else 1.0
             expected = (token, document, t - start, target, weight)
-            fields = (batch.tokens_BT, batch.segments_BT, batch.positions_BT, batch.targets_BT, batch.weights_BT)
+            fields = (batch.tokens_BT, batch.segments_BT, batch.positions_BT, batch.targets_BN, batch.weights_BN)
             wrong += sum(field[0, b, t] != value for field, value in zip(fields, expected, strict=True))
     return int(wrong)
 
@@ -71,11 +71,11 @@ def test_across_documents_a_row_is_one_document_and_weights_stay():
     inside, across = batch_of(ROWS, {}), batch_of(ROWS, {}, cross_documents=True)
     assert not across.segments_BT.any()
     assert (across.positions_BT == np.arange(U - 1)).all()
-    np.testing.assert_array_equal(across.weights_BT, inside.weights_BT)
+    np.testing.assert_array_equal(across.weights_BN, inside.weights_BN)
 
 
 def test_a_batch_of_padding_weighs_nothing():
-    weights = causal.weights(batch_of(np.full((B, U), PAD_ID, np.int32), {}))
+    weights = loss.weights(batch_of(np.full((B, U), PAD_ID, np.int32), {}), CFG)
     assert set(map(float, weights.values())) == {0.0}
 
 

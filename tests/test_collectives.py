@@ -22,7 +22,7 @@ from llm_jax.objective.config import CausalConfig
 from llm_jax.optim.config import AdamWConfig
 from llm_jax.train.state import TrainState, abstract_state, init_state
 from llm_jax.train.step import make_step
-from tests.small import CFG, QUICKLY, B, U, mesh_of, put, ragged_rows
+from tests.small import CFG, QUICKLY, SETTINGS, B, U, mesh_of, put, ragged_rows
 
 OPTIM = AdamWConfig()
 Step = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
@@ -30,7 +30,7 @@ REMATERIALISES = "Involuntary full rematerialization"
 
 
 def step_function() -> Step:
-    return make_step(CFG, CausalConfig(z_loss=1e-3), OPTIM, steps=10, cross_documents=False)
+    return make_step(CFG, CausalConfig(z_loss=1e-3), OPTIM, **SETTINGS, steps=10)
 
 
 def compile_anew(lowered: jax.stages.Lowered) -> str:

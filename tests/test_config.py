@@ -128,6 +128,7 @@ class Whole(Config):
 
 
 TENSORS = "'q', 'k', 'v', 'attention_out', 'mlp_gate' or 'mlp_up'"
+MLPS = "'swiglu', 'geglu', 'gelu' or 'gelu_tanh'"
 
 
 def mistakes(config: Config, *overrides: str) -> list[str]:
@@ -149,9 +150,15 @@ def mistakes(config: Config, *overrides: str) -> list[str]:
         (["modle=1"], ["modle: no such field; did you mean model?"]),
         (["model.d_model.x=1"], ["model.d_model.x: no such field; model.d_model is not a section"]),
         (["model=3"], ["model = 3: model is a section; set its fields, such as model.d_model=..."]),
-        (["model.mlp=swigul"], ["model.mlp = 'swigul': must be 'swiglu' or 'gelu'; did you mean swiglu?"]),
-        (["model.mlp=SwiGLU"], ["model.mlp = 'SwiGLU': must be 'swiglu' or 'gelu'; did you mean swiglu?"]),
-        (["model.mlp=3"], ["model.mlp = '3': must be 'swiglu' or 'gelu'"]),
+        (
+            ["model.mlp=swigul"],
+            [f"model.mlp = 'swigul': must be {MLPS}; did you mean swiglu?"],
+        ),
+        (
+            ["model.mlp=SwiGLU"],
+            [f"model.mlp = 'SwiGLU': must be {MLPS}; did you mean swiglu?"],
+        ),
+        (["model.mlp=3"], [f"model.mlp = '3': must be {MLPS}"]),
         (["model.n_layers=2.5"], ["model.n_layers = 2.5: must be a whole number"]),
         (["model.n_layers=two"], ["model.n_layers = 'two': must be a whole number"]),
         (["model.n_layers=true"], ["model.n_layers = true: must be a whole number"]),
@@ -231,7 +238,7 @@ def test_every_mistake_is_told_at_once() -> None:
     )
     assert sorted(lines) == [
         "model.d_modle: no such field; did you mean d_model?",
-        "model.mlp = 'x': must be 'swiglu' or 'gelu'",
+        f"model.mlp = 'x': must be {MLPS}",
         "modle.x: no such section; did you mean model?",
         "modle.y.z: no such section; did you mean model?",
         "name: given twice, as 'a' and as 'b'",
@@ -527,7 +534,7 @@ from llm_jax.run import Run
         ),
         (
             HEAD + "def config():\n    return Run(model=ModelConfig(mlp='swigul'))\n",
-            "{path}, line 5: ModelConfig.mlp = 'swigul': must be 'swiglu' or 'gelu'; did you mean swiglu?",
+            f"{{path}}, line 5: ModelConfig.mlp = 'swigul': must be {MLPS}; did you mean swiglu?",
         ),
         (
             HEAD + "def config():\n    return Run(optim=3)\n",

@@ -34,20 +34,20 @@ def text_of(tokenizer, sampling, *, mesh=None, prompt="def", row=0):
     mesh = mesh or mesh_of()
     with jax.set_mesh(mesh):
         params = put_weights(weights_of(CFG), CFG, mesh)
-        return sample(make_next_token(CFG, SEQ_LEN), params, tokenizer, prompt, sampling, row)
+        return sample(make_next_token(CFG, SEQ_LEN), (params, {}), tokenizer, prompt, sampling, row)
 
 
 @functools.cache
 def all_logits():
     """Logits of a whole row, in one shape; on one device."""
     with jax.set_mesh(mesh_of()):
-        graph, _ = abstract_model(CFG)
+        graph = abstract_model(CFG).graph
 
     @jax.jit
     def all_logits(params, tokens_BT):
-        model = nnx.merge(graph, params)
+        model = nnx.merge(graph, params, {})
         positions_BT = jnp.arange(SEQ_LEN)[None]
-        return logits(model, model(tokens_BT, jnp.zeros_like(tokens_BT), positions_BT, CFG), CFG)
+        return logits(model, model(tokens_BT, jnp.zeros_like(tokens_BT), positions_BT, CFG)[0], CFG)
 
     return all_logits
 
@@ -89,7 +89,7 @@ def test_seed_row_and_position_each_make_a_difference(tokenizer):
     assert len(set(texts)) == 4
     # A flat distribution would repeat one token for ever if the position were not in the key.
     with jax.set_mesh(mesh_of()):
-        zero = put_weights(jax.tree.map(np.zeros_like, weights_of(CFG)), CFG, mesh_of())
+        zero = (put_weights(jax.tree.map(np.zeros_like, weights_of(CFG)), CFG, mesh_of()), nnx.State({}))
         next_token = make_next_token(CFG, SEQ_LEN)
         drawn = {next_token(zero, [BOS_ID] * n, Sampling(1, 1.0, 0), 0) for n in range(1, 9)}
     assert len(drawn) > 4
@@ -103,7 +103,7 @@ def test_temperature_is_that_of_the_softmax(temperature):
     with jax.set_mesh(mesh_of()):
         params = put_weights(weights_of(CFG), CFG, mesh_of())
         next_token = make_next_token(CFG, SEQ_LEN)
-        drawn = [next_token(params, ids, Sampling(1, temperature, 0), row) for row in range(n)]
+        drawn = [next_token((params, {}), ids, Sampling(1, temperature, 0), row) for row in range(n)]
     p, share = p_V.max(), drawn.count(int(p_V.argmax())) / n
     assert share == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / n))
 

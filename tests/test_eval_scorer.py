@@ -38,7 +38,7 @@ def documents(seed=0):
 
 def score_all(params, held_out, *, mesh, stride=16, batch_rows=8):
     with jax.set_mesh(mesh):
-        placed = put_weights(params, CFG, mesh)
+        placed = (put_weights(params, CFG, mesh), {})
         return score_held_out(
             make_score(CFG), placed, held_out, PIECE_BYTES, seq_len=T, stride=stride, batch_rows=batch_rows
         )
@@ -48,13 +48,13 @@ def score_all(params, held_out, *, mesh, stride=16, batch_rows=8):
 def forward():
     """Logits of one document at a time, in one shape; on one device."""
     with jax.set_mesh(mesh_of()):
-        graph, _ = abstract_model(CFG)
+        graph = abstract_model(CFG).graph
 
     @jax.jit
     def all_logits(params, tokens_BT):
         positions_BT = jnp.broadcast_to(jnp.arange(T)[None], tokens_BT.shape)
-        model = nnx.merge(graph, params)
-        return logits(model, model(tokens_BT, jnp.zeros_like(tokens_BT), positions_BT, CFG), CFG)
+        model = nnx.merge(graph, params, {})
+        return logits(model, model(tokens_BT, jnp.zeros_like(tokens_BT), positions_BT, CFG)[0], CFG)
 
     return all_logits
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from llm_jax.data.config import BOS_ID, PAD_ID
 from llm_jax.data.loader import Rows
@@ -41,9 +42,16 @@ def validation(mesh, *, rows=64, batch_rows=8, cross_documents=False):
     stored = Rows(Records(ROWS_NU), U, np.dtype(np.uint16), None)
     config = EvalConfig(rows=rows, batch_rows=batch_rows)
     validate = make_validation(
-        CFG, CausalConfig(z_loss=1e-3), config, stored, PIECE_BYTES, cross_documents=cross_documents
+        CFG,
+        CausalConfig(z_loss=1e-3),
+        config,
+        stored,
+        PIECE_BYTES,
+        PIECE_BYTES > 1,
+        seed=0,
+        cross_documents=cross_documents,
     )
-    return validate, put_weights(weights_of(CFG), CFG, mesh)
+    return validate, (put_weights(weights_of(CFG), CFG, mesh), {})
 
 
 def look(mesh, **sizes) -> Figures:
@@ -70,7 +78,7 @@ def by_the_scorer(n_rows):
         scored,
     )
     with jax.set_mesh(mesh_of()):
-        nll, correct = make_score(CFG)(put_weights(weights_of(CFG), CFG, mesh_of()), asked)
+        nll, correct = make_score(CFG)((put_weights(weights_of(CFG), CFG, mesh_of()), nnx.State({})), asked)
     tokens, n_bytes = int(scored.sum()), int(PIECE_BYTES[targets[scored]].sum())
     loss = nll[scored].sum(dtype=np.float64) / tokens
     return {

@@ -23,7 +23,7 @@ from llm_jax.eval import cli as cli_module
 from llm_jax.eval.config import EvalConfig
 from llm_jax.eval.evaluation import ResultError, evaluate_checkpoint, generate_text
 from llm_jax.eval.generate import Sampling
-from llm_jax.eval.restore import adapt, default_mesh, find, restore_params
+from llm_jax.eval.restore import adapt, default_mesh, find, restore_weights
 from llm_jax.mesh import make_mesh
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.paths import to_tree
@@ -225,7 +225,7 @@ def test_restored_weights_are_the_saved_ones_bit_for_bit_on_any_mesh(made):
     run, sizes = adapt(found.run, ["mesh.context=2", "mesh.tensor=2"], 8, "cpu")
     mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):
-        params = restore_params(found, run.model, mesh)
+        params, _ = restore_weights(found, run.model, mesh)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), saved)
 
 

@@ -19,12 +19,27 @@ from llm_jax.data.config import BOS_ID, PAD_ID
 from llm_jax.mesh import acts
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Transformer, abstract_model
-from llm_jax.objective import causal, cross_entropy
+from llm_jax.objective import cross_entropy
+from llm_jax.objective import loss as objectives
+from llm_jax.objective.causal import make_batch
 from llm_jax.objective.config import CausalConfig
 from llm_jax.optim.config import AdamWConfig
-from llm_jax.train.state import with_params
+from llm_jax.train.state import with_weights
 from llm_jax.train.step import gradient_sums, make_step
-from tests.small import CFG, QUICKLY, B, U, deviation, mesh_of, plain_rows, put, put_weights, ragged_rows, weights_of
+from tests.small import (
+    CFG,
+    QUICKLY,
+    SETTINGS,
+    B,
+    U,
+    deviation,
+    mesh_of,
+    plain_rows,
+    put,
+    put_weights,
+    ragged_rows,
+    weights_of,
+)
 
 MESHES = {
     "data 8": {"data": 8},
@@ -61,8 +76,8 @@ def train(
     devices = mesh_of(**(mesh or {}))
     weights = put_weights(weights_of(cfg), cfg, devices)
     with jax.set_mesh(devices):
-        state = jax.jit(lambda params: with_params(params, OPTIM), compiler_options=QUICKLY)(weights)
-        step = make_step(cfg, OBJECTIVE, OPTIM, steps=4, cross_documents=False)
+        state = jax.jit(lambda params: with_weights(params, nnx.State({}), OPTIM), compiler_options=QUICKLY)(weights)
+        step = make_step(cfg, OBJECTIVE, OPTIM, **SETTINGS, steps=4)
         compiled = None
         outcome = Outcome([], [])
         for rows in BATCHES:
@@ -138,27 +153,31 @@ def test_the_ragged_batch_weighs_unevenly():
 
 def mean_per_microbatch(monkeypatch):
     """Divides each microbatch's loss by its own weight, and the sum by the number of microbatches."""
-    weights, sums = causal.weights, causal.sums
+    weights, sums = objectives.weights, objectives.sums
     microbatches = []
 
-    def one(batch_A: Batch):
+    def one(batch_A: Batch, cfg: ModelConfig):
         microbatches.append(batch_A.tokens_BT.shape[0])
-        return weights(batch_A) | {"cross_entropy": jnp.ones(())}
+        return weights(batch_A, cfg) | {"cross_entropy": jnp.ones(())}
 
     def mean(model: Transformer, batch: Batch, cfg: ModelConfig, objective: CausalConfig):
-        losses, statistics = sums(model, batch, cfg, objective)
-        return {"cross_entropy": losses["cross_entropy"] / jnp.sum(batch.weights_BT) / microbatches[-1]}, statistics
+        losses, statistics, loads = sums(model, batch, cfg, objective)
+        return (
+            {"cross_entropy": losses["cross_entropy"] / jnp.sum(batch.weights_BN) / microbatches[-1]},
+            statistics,
+            loads,
+        )
 
-    monkeypatch.setattr(causal, "weights", one)
-    monkeypatch.setattr(causal, "sums", mean)
+    monkeypatch.setattr(objectives, "weights", one)
+    monkeypatch.setattr(objectives, "sums", mean)
 
 
 def mean_of_device_means(monkeypatch):
     """Divides each device's loss by the weight of its own rows, and the sum by the number of devices that have any."""
-    weights, sums = causal.weights, causal.sums
+    weights, sums = objectives.weights, objectives.sums
 
-    def one(batch_A: Batch):
-        return weights(batch_A) | {"cross_entropy": jnp.ones(())}
+    def one(batch_A: Batch, cfg: ModelConfig):
+        return weights(batch_A, cfg) | {"cross_entropy": jnp.ones(())}
 
     def shares(weights_BT: Array) -> Array:
         mine = jnp.sum(weights_BT)
@@ -166,12 +185,12 @@ def mean_of_device_means(monkeypatch):
         return weights_BT / jnp.maximum(mine, 1) / devices
 
     def mean(model: Transformer, batch: Batch, cfg: ModelConfig, objective: CausalConfig):
-        shares_BT = jax.shard_map(shares, in_specs=acts("BT"), out_specs=acts("BT"))(batch.weights_BT)
-        losses, _ = sums(model, dataclasses.replace(batch, weights_BT=shares_BT), cfg, objective)
-        return losses, sums(model, batch, cfg, objective)[1]
+        shares_BT = jax.shard_map(shares, in_specs=acts("BT"), out_specs=acts("BT"))(batch.weights_BN)
+        losses, _, loads = sums(model, dataclasses.replace(batch, weights_BN=shares_BT), cfg, objective)
+        return losses, sums(model, batch, cfg, objective)[1], loads
 
-    monkeypatch.setattr(causal, "weights", one)
-    monkeypatch.setattr(causal, "sums", mean)
+    monkeypatch.setattr(objectives, "weights", one)
+    monkeypatch.setattr(objectives, "sums", mean)
 
 
 def no_sum_over_tensor(monkeypatch):
@@ -214,8 +233,8 @@ def test_a_gradients_type_is_its_parameters_type(mesh):
         rows_ABU = jax.ShapeDtypeStruct((1, B, U), jnp.int32, sharding=sharding)
 
         def gradient(params: nnx.State, rows_ABU: Array) -> nnx.State:
-            batch_A = causal.make_batch(rows_ABU, False)
-            return gradient_sums(params, batch_A, causal.weights(batch_A), CFG, OBJECTIVE)[0]
+            batch_A = make_batch(rows_ABU, False)
+            return gradient_sums(params, {}, batch_A, objectives.weights(batch_A, CFG), CFG, OBJECTIVE).gradient
 
         types = jax.tree.map(jax.typeof, jax.eval_shape(gradient, params, rows_ABU))
     assert jax.tree.leaves(types) == jax.tree.leaves(jax.tree.map(jax.typeof, params))

@@ -20,6 +20,7 @@ from llm_jax.train import flops
 from llm_jax.train.config import MeshConfig
 from llm_jax.train.state import abstract_state
 from llm_jax.train.step import make_step
+from tests.small import SETTINGS
 
 ROWS, SEQ_LEN = 2, 16
 BASE = ModelConfig(
@@ -72,7 +73,7 @@ def step_flops(cfg: ModelConfig, rows: int = ROWS, accumulation: int = 1) -> int
     optim, mesh = AdamWConfig(), make_mesh(mesh_sizes(MeshConfig(data=1), 1))
     rows_ABU = jax.ShapeDtypeStruct((accumulation, rows // accumulation, SEQ_LEN + 1), jnp.int32)
     with jax.set_mesh(mesh):
-        step = make_step(cfg, CausalConfig(), optim, steps=10, cross_documents=False)
+        step = make_step(cfg, CausalConfig(), optim, **SETTINGS, steps=10)
         return dot_flops(jax.make_jaxpr(step)(placed(abstract_state(cfg, optim), mesh), placed(rows_ABU, mesh)).jaxpr)
 
 
@@ -101,7 +102,7 @@ def test_a_causal_mask_halves_the_stricter_conventions_attention_only() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_the_model(name: str) -> None:
     with jax.set_mesh(make_mesh(mesh_sizes(MeshConfig(data=1), 1))):
-        _, params = abstract_model(MODELS[name])
+        params = abstract_model(MODELS[name]).params
     assert flops.parameters(MODELS[name]) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

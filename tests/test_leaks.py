@@ -14,6 +14,7 @@ from llm_jax.data.config import BOS_ID
 from llm_jax.model import layers
 from llm_jax.model.transformer import abstract_model, logits
 from llm_jax.objective import causal
+from llm_jax.objective import loss as objectives
 from llm_jax.objective.config import CausalConfig
 from tests.small import CFG, QUICKLY, B, mesh_of, packed_row, put, put_weights, ragged_rows, weights_of
 
@@ -46,8 +47,8 @@ def wrong_dependences(backend: str, mesh: dict[str, int]) -> int:
     probe[np.arange(len(ASKED)), ASKED] = np.random.default_rng(0).normal(size=(len(ASKED), cfg.d_model))
 
     def answer(params: nnx.State, tokens_BT: Array, segments_BT: Array, positions_BT: Array, probe_BTD: Array) -> Array:
-        model = nnx.merge(abstract_model(cfg)[0], params)
-        return jnp.sum(model(tokens_BT, segments_BT, positions_BT, cfg) * probe_BTD)
+        model = nnx.merge(abstract_model(cfg)[0], params, {})
+        return jnp.sum(model(tokens_BT, segments_BT, positions_BT, cfg)[0] * probe_BTD)
 
     with jax.set_mesh(devices):
         arguments = [put(array, "BT", devices) for array in (tokens, segments, positions)]
@@ -71,9 +72,9 @@ def change_outside(backend: str, mesh: dict[str, int]) -> float:
 
     def logits_of(params: nnx.State, rows_BU: Array) -> Array:
         segments_BU, positions_BU = documents(rows_BU)
-        model = nnx.merge(abstract_model(cfg)[0], params)
+        model = nnx.merge(abstract_model(cfg)[0], params, {})
         tokens_BT, segments_BT, positions_BT = (place(x[None, :, :-1])[0] for x in (rows_BU, segments_BU, positions_BU))
-        return logits(model, model(tokens_BT, segments_BT, positions_BT, cfg), cfg)
+        return logits(model, model(tokens_BT, segments_BT, positions_BT, cfg)[0], cfg)
 
     with jax.set_mesh(devices):
         params = put_weights(weights_of(cfg), cfg, devices)
@@ -106,8 +107,8 @@ def loss_of_packing() -> float:
 
     def loss_sums(params: nnx.State, rows_ABU: Array) -> tuple[Array, Array]:
         batch: Batch = jax.tree.map(lambda x: x[0], causal.make_batch(rows_ABU, False))
-        model = nnx.merge(abstract_model(CFG)[0], params)
-        return causal.sums(model, batch, CFG, CausalConfig())[1]["loss"], causal.weights(batch)["loss"]
+        model = nnx.merge(abstract_model(CFG)[0], params, {})
+        return objectives.sums(model, batch, CFG, CausalConfig())[1]["loss"], objectives.weights(batch, CFG)["loss"]
 
     with jax.set_mesh(devices):
         params = put_weights(weights_of(CFG), CFG, devices)

@@ -30,8 +30,8 @@ def logits_of(cfg: ModelConfig, params: nnx.State, rows: np.ndarray, mesh: dict[
     def forward(params: nnx.State, rows_BU: Array) -> Array:
         arrays = (rows_BU, *documents(rows_BU))
         tokens_BT, segments_BT, positions_BT = (place(x[None, :, :-1])[0] for x in arrays)
-        model = nnx.merge(abstract_model(cfg)[0], params)
-        return logits(model, model(tokens_BT, segments_BT, positions_BT, cfg), cfg)
+        model = nnx.merge(abstract_model(cfg)[0], params, {})
+        return logits(model, model(tokens_BT, segments_BT, positions_BT, cfg)[0], cfg)
 
     with jax.set_mesh(devices):
         placed = put_weights(params, cfg, devices), put(rows, "BU", devices)

@@ -3,12 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from llm_jax.model import paths
 from llm_jax.model.paths import from_tree, placed, to_tree
 from llm_jax.model.transformer import abstract_model
 from llm_jax.optim.config import AdamWConfig
-from llm_jax.train.state import TrainState, abstract_state, with_params
+from llm_jax.train.state import TrainState, abstract_state, with_weights
 from tests.small import CFG, QUICKLY, mesh_of, put_weights, weights_of
 
 DEEP = CFG.model_copy(update={"n_layers": 11})
@@ -21,7 +22,7 @@ def state_on(mesh: jax.sharding.Mesh) -> TrainState:
     rng = np.random.default_rng(0)
     params = put_weights(weights_of(DEEP), DEEP, mesh)
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda params: with_params(params, OPTIM), compiler_options=QUICKLY)(params)
+        state = jax.jit(lambda params: with_weights(params, nnx.State({}), OPTIM), compiler_options=QUICKLY)(params)
 
     def filled(x: jax.Array) -> jax.Array:
         values = rng.integers(1, 1000, x.shape) if x.dtype == np.int32 else rng.normal(size=x.shape)

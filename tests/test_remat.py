@@ -21,7 +21,7 @@ from llm_jax.model.config import ModelConfig, TensorName
 from llm_jax.model.layers import Block, angles, rematerialised
 from llm_jax.model.transformer import abstract_model
 from llm_jax.model.weights import project
-from llm_jax.objective import causal
+from llm_jax.objective import causal, loss
 from llm_jax.objective.config import CausalConfig
 from llm_jax.train.step import gradient_sums
 from tests.small import CFG, QUICKLY, B, U, deviation, mesh_of, put, put_weights, ragged_rows, weights_of
@@ -38,8 +38,8 @@ def with_policy(remat: Any, **fields: Any) -> ModelConfig:
 def gradient_function(cfg: ModelConfig):
     def gradient(params: nnx.State, rows_ABU: Array) -> tuple[nnx.State, Array]:
         batch_A = causal.make_batch(rows_ABU, False)
-        weights = causal.weights(batch_A)
-        gradient, sums = gradient_sums(params, batch_A, weights, cfg, CausalConfig())
+        weights = loss.weights(batch_A, cfg)
+        gradient, sums, _ = gradient_sums(params, {}, batch_A, weights, cfg, CausalConfig())
         return gradient, sums["loss"] / weights["loss"]
 
     return gradient

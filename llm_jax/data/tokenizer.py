@@ -69,6 +69,11 @@ class Tokenizer:
         return np.array([len(text) for text in self.piece_texts], np.int32)
 
     @functools.cached_property
+    def word_starts(self) -> np.ndarray:
+        """bool [V]: whether each id begins a word: its text begins with white space."""
+        return np.array([text[:1].isspace() for text in self.piece_texts])
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the pieces and their scores: two tokenizers with the same one encode alike."""
         pieces = ((self.processor.id_to_piece(i), self.processor.get_score(i)) for i in range(self.vocab_size))

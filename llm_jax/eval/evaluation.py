@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
@@ -21,9 +20,10 @@ from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.figures import figures
 from llm_jax.eval.generate import Sampling, make_next_token, sample, stream
 from llm_jax.eval.perplexity import compressed, held_out_of, score_held_out
-from llm_jax.eval.restore import Found, adapt, find, mesh_of, restore_params, row_parts
+from llm_jax.eval.restore import Found, adapt, find, mesh_of, restore_weights, row_parts
 from llm_jax.eval.scorer import make_score
 from llm_jax.mesh import join_processes, keep_compiled
+from llm_jax.model.transformer import Weights
 from llm_jax.run import Run
 
 # What an evaluation shows of the model's text: a held-out document's beginning, continued.
@@ -54,11 +54,11 @@ def evaluate_checkpoint(
         held_out = held_out_of(documents(prepared, split), found.tokenizer)
         if not any(document.text for document in held_out):
             raise DataError(f"the {split} split has no text; raise data.{split}_share, or give more text")
-        params = restore_params(found, run.model, mesh)
+        weights = restore_weights(found, run.model, mesh)
         stride = run.eval.stride or run.data.seq_len // 2
         sums = score_held_out(
             make_score(run.model),
-            params,
+            weights,
             held_out,
             found.tokenizer.piece_bytes,
             seq_len=run.data.seq_len,
@@ -73,7 +73,7 @@ def evaluate_checkpoint(
             "stride": stride,
             "seen_long_lines": prepared.text_info["leaked_share"] if split == "test" else None,
         }
-        text = beginning_continued(params, run, found.tokenizer, held_out[0].text)
+        text = beginning_continued(weights, run, found.tokenizer, held_out[0].text)
     if jax.process_index() == 0:
         if as_json:
             print(json.dumps(result), flush=True)
@@ -88,11 +88,11 @@ def generate_text(
 ) -> None:
     """Prints each prompt and its continuation as it comes."""
     with opened(run_dir, step, overrides) as (found, run, mesh):
-        params = restore_params(found, run.model, mesh)
+        weights = restore_weights(found, run.model, mesh)
         next_token = make_next_token(run.model, run.data.seq_len)
         for row, prompt in enumerate(prompts):
             write(f"[{row + 1}/{len(prompts)}] " * (len(prompts) > 1) + prompt)
-            for text in stream(next_token, params, found.tokenizer, prompt, sampling, row):
+            for text in stream(next_token, weights, found.tokenizer, prompt, sampling, row):
                 write(text)
             write("\n")
 
@@ -123,11 +123,11 @@ def same_data(found: Found, run: Run) -> Prepared:
     return prepared
 
 
-def beginning_continued(params: nnx.State, run: Run, tokenizer: Tokenizer, text: str) -> dict[str, str]:
+def beginning_continued(weights: Weights, run: Run, tokenizer: Tokenizer, text: str) -> dict[str, str]:
     """A document's beginning and the model's continuation of it."""
     prompt = text[:PROMPT_CHARACTERS]
     next_token = make_next_token(run.model, run.data.seq_len)
-    return {"prompt": prompt, "text": sample(next_token, params, tokenizer, prompt, SAMPLING)}
+    return {"prompt": prompt, "text": sample(next_token, weights, tokenizer, prompt, SAMPLING)}
 
 
 def show(name: str, result: Mapping[str, Any], text: Mapping[str, str]) -> None:

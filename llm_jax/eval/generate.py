@@ -16,7 +16,7 @@ from llm_jax.eval.restore import row_parts
 from llm_jax.eval.scorer import on_mesh
 from llm_jax.mesh import acts
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.transformer import abstract_model, logits
+from llm_jax.model.transformer import Weights, abstract_model, logits
 
 # Rows are this long, twice this, four times ... and at last as long as in training: few shapes, few compiles.
 SHORTEST = 64
@@ -31,27 +31,27 @@ class Sampling:
     seed: int
 
 
-NextToken = Callable[[nnx.State, Sequence[int], Sampling, int], int]
+NextToken = Callable[[Weights, Sequence[int], Sampling, int], int]
 
 
 def make_next_token(cfg: ModelConfig, seq_len: int) -> NextToken:
-    """The function (params, ids so far, sampling, row) -> the next id, seeing the last seq_len ids.
+    """The function (weights, ids so far, sampling, row) -> the next id, seeing the last seq_len ids.
 
     The draw's key is a function of the seed, the row and the position. The mesh is set, cfg's attention resolved.
     """
-    graph, _ = abstract_model(cfg)
+    graph = abstract_model(cfg).graph
     mesh = jax.sharding.get_mesh()
     # The mesh's row axes need that many rows; all of them are the same one.
     B = row_parts(mesh)
 
     @jax.jit
     def draw(
-        params: nnx.State, tokens_BT: Array, last: Array, temperature: Array, seed: Array, row: Array, position: Array
+        weights: Weights, tokens_BT: Array, last: Array, temperature: Array, seed: Array, row: Array, position: Array
     ) -> Array:
-        model = nnx.merge(graph, params)
+        model = nnx.merge(graph, *weights)
         positions_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1, out_sharding=acts("BT"))
         # What follows the last token is padding, and no token sees what follows it.
-        x_BTD = model(tokens_BT, jnp.zeros_like(tokens_BT), positions_BT, cfg, causal=True)
+        x_BTD, _ = model(tokens_BT, jnp.zeros_like(tokens_BT), positions_BT, cfg, causal=True)
         x_BSD = jax.reshard(x_BTD, acts("BSD"))
         last_BSD = jax.lax.dynamic_slice_in_dim(x_BSD, last, 1, axis=1)
         logits_V = jax.reshard(logits(model, last_BSD, cfg), P())[0, 0]
@@ -59,14 +59,14 @@ def make_next_token(cfg: ModelConfig, seq_len: int) -> NextToken:
         drawn = jax.random.categorical(key, logits_V / jnp.where(temperature > 0, temperature, 1))
         return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V)).astype(jnp.int32)
 
-    def next_token(params: nnx.State, ids: Sequence[int], sampling: Sampling, row: int) -> int:
+    def next_token(weights: Weights, ids: Sequence[int], sampling: Sampling, row: int) -> int:
         seen = np.asarray(ids[-seq_len:], np.int32)
         T = row_length(len(seen), seq_len, mesh.shape["context"])
         tokens_T = np.pad(seen, (0, T - len(seen)), constant_values=PAD_ID)
         tokens_BT = on_mesh(np.broadcast_to(tokens_T, (B, T)))
         last, temperature = np.int32(len(seen) - 1), np.float32(sampling.temperature)
         where = (np.int32(sampling.seed), np.int32(row), np.int32(len(ids)))
-        return int(jax.device_get(draw(params, tokens_BT, last, temperature, *where)))
+        return int(jax.device_get(draw(weights, tokens_BT, last, temperature, *where)))
 
     return next_token
 
@@ -80,7 +80,7 @@ def row_length(n: int, seq_len: int, parts: int) -> int:
 
 
 def stream(
-    next_token: NextToken, params: nnx.State, tokenizer: Tokenizer, prompt: str, sampling: Sampling, row: int = 0
+    next_token: NextToken, weights: Weights, tokenizer: Tokenizer, prompt: str, sampling: Sampling, row: int = 0
 ) -> Iterator[str]:
     """The prompt's continuation, in pieces as they come; it ends after max_tokens, or where a document ends or begins.
 
@@ -91,7 +91,7 @@ def stream(
     # A character may be spelled by several tokens.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for _ in range(sampling.max_tokens):
-        token = next_token(params, ids, sampling, row)
+        token = next_token(weights, ids, sampling, row)
         if token in (tokenizer.eos_id, tokenizer.bos_id):
             break
         ids.append(token)
@@ -100,7 +100,7 @@ def stream(
 
 
 def sample(
-    next_token: NextToken, params: nnx.State, tokenizer: Tokenizer, prompt: str, sampling: Sampling, row: int = 0
+    next_token: NextToken, weights: Weights, tokenizer: Tokenizer, prompt: str, sampling: Sampling, row: int = 0
 ) -> str:
     """The prompt's continuation as a whole; see `stream`."""
-    return "".join(stream(next_token, params, tokenizer, prompt, sampling, row))
+    return "".join(stream(next_token, weights, tokenizer, prompt, sampling, row))

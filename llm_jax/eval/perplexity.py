@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
 from llm_jax import exit_codes
 from llm_jax.data.errors import DataError
@@ -17,6 +16,7 @@ from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.figures import Sums
 from llm_jax.eval.scorer import Score
 from llm_jax.eval.windows import batched, pack
+from llm_jax.model.transformer import Weights
 
 
 class NotFinite(exit_codes.Failure):
@@ -50,7 +50,7 @@ def held_out_of(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> list[
 
 def score_held_out(
     score: Score,
-    params: nnx.State,
+    weights: Weights,
     held_out: Sequence[HeldOut],
     piece_bytes: np.ndarray,
     *,
@@ -67,7 +67,7 @@ def score_held_out(
     n_tokens = sum(len(document.tokens) - 1 for document in held_out)
     with _progress("scoring", n_tokens) as advance:
         for rows in batched(pack((document.tokens for document in held_out), seq_len, stride), batch_rows):
-            nll_BT, correct_BT = score(params, rows)
+            nll_BT, correct_BT = score(weights, rows)
             nll_N, targets_N = nll_BT[rows.scored_BT], rows.targets_BT[rows.scored_BT]
             if not np.isfinite(nll_N).all():
                 bad = int((~np.isfinite(nll_N)).sum())

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from llm_jax.alphabet import ACT_AXES, check_divisible
@@ -25,7 +24,7 @@ from llm_jax.mesh import make_mesh
 from llm_jax.model.attention import resolve
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.paths import from_tree, placed, to_tree
-from llm_jax.model.transformer import abstract_model
+from llm_jax.model.transformer import Weights, abstract_model
 from llm_jax.run import Run, check_axes, check_weights, mesh_sizes
 from llm_jax.run_directory import Refused
 from llm_jax.train.config import MeshConfig
@@ -145,10 +144,12 @@ def row_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in ACT_AXES["B"])
 
 
-def restore_params(found: Found, cfg: ModelConfig, mesh: Mesh) -> nnx.State:
+def restore_weights(found: Found, cfg: ModelConfig, mesh: Mesh) -> Weights:
     """The weights on the mesh, which must be set; the optimizer's state is not read. Raises CheckpointError."""
-    _, abstract = abstract_model(cfg)
-    wanted = placed(jax.eval_shape(to_tree, {"params": abstract}), mesh)
+    _, params, balance = abstract_model(cfg)
+    abstract = {"params": params, "balance": balance}
+    wanted = placed(jax.eval_shape(to_tree, abstract), mesh)
     with closing(Checkpoints(found.directory / "checkpoints", read_only=True)) as checkpoints:
         tree = checkpoints.restore(found.step, wanted)
-    return jax.jit(lambda tree: from_tree(tree, {"params": abstract})["params"])(tree)
+    restored = jax.jit(lambda tree: from_tree(tree, abstract))(tree)
+    return restored["params"], restored["balance"]

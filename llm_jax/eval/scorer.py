@@ -11,7 +11,7 @@ from jax import Array, NamedSharding, P
 from llm_jax.eval.windows import Rows
 from llm_jax.mesh import acts
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.transformer import abstract_model
+from llm_jax.model.transformer import Weights, abstract_model
 from llm_jax.objective.cross_entropy import token_scores
 
 
@@ -22,28 +22,28 @@ class Scores(NamedTuple):
     correct_BT: np.ndarray
 
 
-Score = Callable[[nnx.State, Rows], Scores]
+Score = Callable[[Weights, Rows], Scores]
 
 
 def make_score(cfg: ModelConfig) -> Score:
-    """The function (params, rows) -> scores, compiled once for each shape; every process gets the scores of all rows.
+    """The function (weights, rows) -> scores, compiled once for each shape; every process gets the scores of all rows.
 
     cfg's attention is resolved, the mesh is set, and its row axes divide B. What shares a batch makes no difference.
     """
-    graph, _ = abstract_model(cfg)
+    graph = abstract_model(cfg).graph
 
     @jax.jit
     def forward(
-        params: nnx.State, tokens_BT: Array, segments_BT: Array, positions_BT: Array, targets_BT: Array
+        weights: Weights, tokens_BT: Array, segments_BT: Array, positions_BT: Array, targets_BT: Array
     ) -> tuple[Array, Array]:
-        model = nnx.merge(graph, params)
-        x_BTD = model(tokens_BT, segments_BT, positions_BT, cfg, causal=True)
+        model = nnx.merge(graph, *weights)
+        x_BTD, _ = model(tokens_BT, segments_BT, positions_BT, cfg, causal=True)
         nll_BT, correct_BT = token_scores(x_BTD, model.head(cfg), targets_BT, cfg)
         return jax.reshard((nll_BT, correct_BT > 0), P())
 
-    def score(params: nnx.State, rows: Rows) -> Scores:
+    def score(weights: Weights, rows: Rows) -> Scores:
         asked = (rows.tokens_BT, rows.segments_BT, rows.positions_BT, rows.targets_BT)
-        return Scores(*jax.device_get(forward(params, *map(on_mesh, asked))))
+        return Scores(*jax.device_get(forward(weights, *map(on_mesh, asked))))
 
     return score
 

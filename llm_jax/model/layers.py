@@ -114,6 +114,8 @@ class Mlp(nnx.Module):
                 hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
             case "gelu":
                 hidden_BTF = jax.nn.gelu(up_BTF)
+            case _:
+                raise AssertionError(cfg.mlp)
         return project("BTF,FD->BTD", hidden_BTF, use(self.down, cfg), out_sharding=acts("BTD"))
 
 

@@ -1,5 +1,7 @@
 """The decoder: a vocabulary-parallel embedding, layers under one scan, a final norm and the output head."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,7 +10,8 @@ from jax import Array
 from llm_jax.mesh import acts, gathered
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.layers import Block, angles, rematerialised, rms_norm
-from llm_jax.model.weights import Weight, matrix, scale_vector, use
+from llm_jax.model.moe import Routing
+from llm_jax.model.weights import Balance, Weight, matrix, scale_vector, use
 
 
 class Transformer(nnx.Module):
@@ -24,8 +27,11 @@ class Transformer(nnx.Module):
 
     def __call__(
         self, tokens_BT: Array, segments_BT: Array, positions_BT: Array, cfg: ModelConfig, *, causal: bool = True
-    ) -> Array:
-        """The last hidden states x_BTD in the compute type; int32 inputs, one segment number a document."""
+    ) -> tuple[Array, dict[str, Routing]]:
+        """The last hidden states x_BTD in the compute type, and what the routers did, by the name of the layers' place.
+
+        int32 inputs, one segment number a document.
+        """
         by = angles(positions_BT, cfg)
 
         def one_layer(x_BTD: Array, layer: Block) -> tuple[Array, None]:
@@ -33,17 +39,36 @@ class Transformer(nnx.Module):
 
         x_BTD = look_up(self.embed, tokens_BT).astype(cfg.compute_dtype)
         x_BTD, _ = jax.lax.scan(rematerialised(one_layer, cfg), x_BTD, self.layers, unroll=cfg.unroll)
-        return rms_norm(x_BTD, self.norm, cfg.norm_eps)
+        return rms_norm(x_BTD, self.norm, cfg.norm_eps), {}
 
     def head(self, cfg: ModelConfig) -> Array:
         """The output head unembed_VD in the compute type, V sharded over tensor, D whole; padded rows included."""
         return use(self.embed if cfg.tied_embeddings else self.unembed, cfg).astype(cfg.compute_dtype)
 
 
-def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model's structure, and its parameters as shapes with shardings; needs a mesh, allocates nothing."""
+# The trained parameters and the routers' choice biases: all that a forward pass reads.
+Weights = tuple[nnx.State, nnx.State]
+
+
+class Parts(NamedTuple):
+    """A model taken apart: nnx.merge(graph, *weights) is the model again."""
+
+    graph: nnx.GraphDef
+    params: nnx.State
+    """What is trained."""
+    balance: nnx.State
+    """The routers' choice biases; empty without experts or model.moe.balance_rate."""
+
+
+def split(model: Transformer) -> Parts:
+    """The model's structure, its parameters, and the rest of its state."""
+    return Parts(*nnx.split(model, nnx.Param, Balance))
+
+
+def abstract_model(cfg: ModelConfig) -> Parts:
+    """The model in parts, its arrays as shapes with shardings; needs a mesh, allocates nothing."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(lambda key: nnx.split(Transformer(cfg, nnx.Rngs(params=key))), key)
+    return jax.eval_shape(lambda key: split(Transformer(cfg, nnx.Rngs(params=key))), key)
 
 
 def look_up(table: Weight, tokens_BT: Array) -> Array:

@@ -17,6 +17,10 @@ class Weight(nnx.Param):
     """A parameter that knows its letters (`.letters`, without L: layers are stacked in front)."""
 
 
+class Balance(nnx.Variable):
+    """What a router adds to an expert's score when it chooses; moved by the step, never by the optimizer."""
+
+
 def matrix(letters: str, cfg: ModelConfig, rngs: nnx.Rngs, *, fan_in: str, scale: float = 1.0) -> Weight:
     """A float32 matrix drawn from a normal of standard deviation scale / sqrt(product of the fan_in letters' sizes)."""
     shape = tuple(cfg.dims[a] for a in letters)

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from flax import nnx
 
 from llm_jax import config, exit_codes
 from llm_jax.data.loader import open_rows
 from llm_jax.eval.validation import Validate, make_validation
 from llm_jax.model.paths import to_tree
+from llm_jax.model.transformer import Weights
 from llm_jax.processes import settle
 from llm_jax.run import Run
 from llm_jax.run_directory import agree_on_directory, sole_trainer
@@ -74,7 +74,7 @@ def go(session: Session, guards: Guards) -> int:
             session.checkpoints.save(done, name_arrays(state), meta)
 
         def validate(done: int, state: TrainState) -> None:
-            figures = look(state.params, guards.stop)
+            figures = look((state.params, state.balance), guards.stop)
             if figures is not None:
                 log.write_validation({"step": done, **figures})
 
@@ -91,11 +91,13 @@ def make_look(session: Session) -> Validate:
         session.run.eval,
         open_rows(session.prepared, "validation"),
         session.prepared.tokenizer.piece_bytes,
+        session.prepared.tokenizer.word_starts,
+        seed=session.run.seed,
         cross_documents=session.run.data.cross_documents,
     )
 
 
-def no_look(params: nnx.State, stop: Callable[[], bool]) -> None:
+def no_look(weights: Weights, stop: Callable[[], bool]) -> None:
     """eval.every = 0: nobody looks."""
 
 

@@ -51,7 +51,7 @@ class Ledger:
             return
         step, on_device, wait_seconds = self._under_way
         self._under_way = None
-        metrics = {name: value.item() for name, value in jax.device_get(on_device).items()}
+        metrics = {name: value.tolist() for name, value in jax.device_get(on_device).items()}
         now = time.monotonic()
         # A window runs from one finished update to the next; the first one after a start has no beginning.
         seconds = None if self._window_start is None else now - self._window_start

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, NamedSharding
 from jax.sharding import Mesh
 
@@ -24,7 +25,7 @@ from llm_jax.model.transformer import abstract_model
 from llm_jax.processes import settle
 from llm_jax.run import FREE_TO_CHANGE, Run, check_mesh, mesh_sizes
 from llm_jax.run_directory import Refused
-from llm_jax.train.state import TrainState, abstract_state, init_state, with_params
+from llm_jax.train.state import TrainState, abstract_state, init_state, with_weights
 from llm_jax.train.step import Metrics, make_step
 
 FORMAT = 1
@@ -95,11 +96,13 @@ def begin(
         state = start_from(run.train.init_from, run, prepared, abstract, mesh, report)
     else:
         state = jax.jit(lambda: init_state(run.model, run.optim, run.seed))()
-    step = compile_step(run, abstract, mesh, report)
+    step = compile_step(run, abstract, mesh, prepared.tokenizer.word_starts, report)
     return Session(run, mesh, prepared, checkpoints, step, state, done=newest or 0)
 
 
-def compile_step(run: Run, abstract: TrainState, mesh: Mesh, report: Callable[[str], None]) -> Callable:
+def compile_step(
+    run: Run, abstract: TrainState, mesh: Mesh, word_starts_V: np.ndarray, report: Callable[[str], None]
+) -> Callable:
     """The run's update, compiled once for its shapes and mesh; a call with others is an error, not a recompile."""
     started = time.monotonic()
     step = make_step(
@@ -108,6 +111,8 @@ def compile_step(run: Run, abstract: TrainState, mesh: Mesh, report: Callable[[s
         run.optim,
         steps=run.train.steps,
         cross_documents=run.data.cross_documents,
+        seed=run.seed,
+        word_starts_V=word_starts_V,
     )
     A = run.train.accumulation
     shape = (A, run.train.batch_rows // A, run.data.seq_len + 1)
@@ -133,10 +138,16 @@ def start_from(
         raise Refused(f"train.init_from = {other!r}: no checkpoint there")
     if checkpoints.meta(newest)["tokenizer"] != prepared.tokenizer.fingerprint:
         raise Refused(f"train.init_from = {other!r}: its tokenizer is another one")
-    shapes = {"params": placed(jax.eval_shape(to_tree, abstract.params), mesh)}
-    tree = checkpoints.restore(newest, shapes)["params"]
+    wanted = {"params": abstract.params, "balance": abstract.balance}
+    tree = checkpoints.restore(newest, placed(jax.eval_shape(to_tree, wanted), mesh))
     report(f"weights from {checkpoints.directory / str(newest)}")
-    return jax.jit(lambda tree: with_params(from_tree(tree, abstract.params), run.optim))(tree)
+
+    @jax.jit
+    def start(tree: Any) -> TrainState:
+        weights = from_tree(tree, wanted)
+        return with_weights(weights["params"], weights["balance"], run.optim)
+
+    return start(tree)
 
 
 def checkpoint_meta(run: Run, prepared: Prepared, versions: dict[str, str]) -> dict[str, Any]:
@@ -176,8 +187,8 @@ def refuse_drift(
 
 def shapes_of(run: Run) -> Any:
     """Shape and type of every weight, by its checkpoint path."""
-    _, params = abstract_model(run.model)
-    return jax.tree.map(lambda x: (x.shape, str(x.dtype)), jax.eval_shape(to_tree, params))
+    _, params, balance = abstract_model(run.model)
+    return jax.tree.map(lambda x: (x.shape, str(x.dtype)), jax.eval_shape(to_tree, (params, balance)))
 
 
 def _lines(old: dict[str, Any], run: Run) -> str:

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.transformer import Transformer
+from llm_jax.model.transformer import Transformer, split
 from llm_jax.model.weights import matrices
 from llm_jax.optim.config import OptimConfig
 from llm_jax.optim.optimizer import transform
@@ -19,25 +19,29 @@ from llm_jax.optim.optimizer import transform
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: updates made (skipped ones too); batch_index: the next batch; skipped: non-finite updates so far; int32."""
+    """step: updates made (skipped ones too); batch_index: the next batch; skipped: non-finite updates so far; int32.
+
+    balance: the routers' choice biases, which the optimizer does not know; empty for a dense model.
+    """
 
     step: Array
     batch_index: Array
     skipped: Array
     params: nnx.State
+    balance: nnx.State
     opt_state: Any
 
 
 def init_state(cfg: ModelConfig, optim: OptimConfig, seed: int) -> TrainState:
     """The state before the first update, born sharded, the same on every mesh. For use in jit or eval_shape."""
-    _, params = nnx.split(Transformer(cfg, nnx.Rngs(params=jax.random.key(seed))))
-    return with_params(params, optim)
+    _, params, balance = split(Transformer(cfg, nnx.Rngs(params=jax.random.key(seed))))
+    return with_weights(params, balance, optim)
 
 
-def with_params(params: nnx.State, optim: OptimConfig) -> TrainState:
+def with_weights(params: nnx.State, balance: nnx.State, optim: OptimConfig) -> TrainState:
     """A state at step 0 that starts from given weights."""
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, zero, params, transform(optim, matrices(params)).init(params))
+    return TrainState(zero, zero, zero, params, balance, transform(optim, matrices(params)).init(params))
 
 
 def abstract_state(cfg: ModelConfig, optim: OptimConfig) -> TrainState:

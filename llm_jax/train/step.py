@@ -2,19 +2,21 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import Array
 
-from llm_jax.batch import Batch
+from llm_jax.batch import Batch, row_keys
 from llm_jax.mesh import acts
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import abstract_model
 from llm_jax.model.weights import matrices
-from llm_jax.objective import causal
+from llm_jax.objective import loss as objectives
 from llm_jax.objective.config import ObjectiveConfig
 from llm_jax.optim.config import OptimConfig
 from llm_jax.optim.optimizer import clip_scale, learning_rate, transform
@@ -22,22 +24,45 @@ from llm_jax.train.state import TrainState, sharded_update
 
 Metrics = dict[str, Array]
 Sums = dict[str, Array]
+Loads = dict[str, Array]
+
+# What a key is for: draws for different purposes share nothing.
+MASKING = 1
+
+
+class Summed(NamedTuple):
+    """What simply adds up over microbatches."""
+
+    gradient: nnx.State
+    statistics: Sums
+    loads: Loads
+    """Tokens that chose each expert, int32 [L, E], by the layers' place."""
 
 
 def make_step(
-    cfg: ModelConfig, objective: ObjectiveConfig, optim: OptimConfig, *, steps: int, cross_documents: bool
+    cfg: ModelConfig,
+    objective: ObjectiveConfig,
+    optim: OptimConfig,
+    *,
+    steps: int,
+    cross_documents: bool,
+    seed: int,
+    word_starts_V: np.ndarray,
 ) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
     """The function (state, rows_ABU) -> (state, metrics), to be jitted under the mesh it is called for.
 
-    rows_ABU: int32 rows of U = T + 1 tokens. Metrics are replicated scalars: loss (nats a token), accuracy, z_loss,
-    grad_norm (before clipping), lr, tokens (weighted), batch_hash (uint32), finite (bool) and skipped (so far).
-    A non-finite loss or gradient leaves weights and optimizer as they were.
+    rows_ABU: int32 rows of U = T + 1 tokens; word_starts_V: whether a piece begins a word. Metrics are replicated
+    scalars: loss (nats a token), accuracy, z_loss, grad_norm (before clipping), lr, tokens (weighted), batch_hash
+    (uint32), finite (bool) and skipped (so far); with experts those of `health` too.
+    A non-finite loss or gradient leaves weights, balance and optimizer as they were.
     """
 
     def step(state: TrainState, rows_ABU: Array) -> tuple[TrainState, Metrics]:
-        batch_A = causal.make_batch(rows_ABU, cross_documents)
-        weights = causal.weights(batch_A)
-        gradient, sums = gradient_sums(state.params, batch_A, weights, cfg, objective)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.batch_index), MASKING)
+        keys_AB = row_keys(key, 0, *rows_ABU.shape[:2])
+        batch_A = objectives.make_batch(rows_ABU, keys_AB, objective, word_starts_V, cross_documents=cross_documents)
+        weights = objectives.weights(batch_A, cfg)
+        gradient, sums, loads = gradient_sums(state.params, state.balance, batch_A, weights, cfg, objective)
 
         norm = optax.tree.norm(gradient)
         gradient = jax.tree.map(lambda g: g * clip_scale(norm, optim).astype(g.dtype), gradient)
@@ -48,9 +73,9 @@ def make_step(
 
         metrics = {name: divide(value, weights[name]) for name, value in sums.items()}
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+        before = (state.params, state.balance, state.opt_state)
+        after = (params, rebalanced(state.balance, loads, cfg), opt_state)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
         skipped = state.skipped + ~finite
         metrics |= {
             "grad_norm": norm,
@@ -60,37 +85,71 @@ def make_step(
             "skipped": skipped,
         }
         metrics["batch_hash"] = batch_hash(rows_ABU, state.batch_index)
-        return TrainState(state.step + 1, state.batch_index + 1, skipped, params, opt_state), metrics
+        if loads:
+            metrics |= health(loads)
+        return TrainState(state.step + 1, state.batch_index + 1, skipped, *kept), metrics
 
     return step
 
 
 def gradient_sums(
-    params: nnx.State, batch_A: Batch, weights: Sums, cfg: ModelConfig, objective: ObjectiveConfig
-) -> tuple[nnx.State, Sums]:
-    """The gradient of the whole batch's loss, of the parameters' types, and the statistics' sums.
+    params: nnx.State, balance: nnx.State, batch_A: Batch, weights: Sums, cfg: ModelConfig, objective: ObjectiveConfig
+) -> Summed:
+    """The gradient of the whole batch's loss, of the parameters' types, and the statistics' and the loads' sums.
 
-    Every term is divided by its weight over the whole batch, causal.weights(batch_A), before differentiating: so the
-    gradients of the microbatches simply add.
+    Every term is divided by its weight over the whole batch, which is objectives.weights(batch_A, cfg), before
+    differentiating: so the gradients of the microbatches simply add.
     """
-    graph, _ = abstract_model(cfg)
+    graph = abstract_model(cfg).graph
 
-    def loss(params: nnx.State, batch: Batch) -> tuple[Array, Sums]:
-        losses, statistics = causal.sums(nnx.merge(graph, params), batch, cfg, objective)
+    def loss(params: nnx.State, batch: Batch) -> tuple[Array, tuple[Sums, Loads]]:
+        losses, statistics, loads = objectives.sums(nnx.merge(graph, params, balance), batch, cfg, objective)
         shares = [divide(value, weights[name]) for name, value in losses.items()]
-        return functools.reduce(jnp.add, shares), statistics
+        return functools.reduce(jnp.add, shares), (statistics, loads)
 
-    gradient_of = jax.grad(loss, has_aux=True)
+    def summed(batch: Batch) -> Summed:
+        gradient, (statistics, loads) = jax.grad(loss, has_aux=True)(params, batch)
+        return Summed(gradient, statistics, loads)
+
     first = jax.tree.map(lambda x: x[0], batch_A)
     if batch_A.tokens_BT.shape[0] == 1:
-        return gradient_of(params, first)
+        return summed(first)
 
-    def add(total: tuple[nnx.State, Sums], batch: Batch) -> tuple[tuple[nnx.State, Sums], None]:
-        return jax.tree.map(jnp.add, total, gradient_of(params, batch)), None
+    def add(total: Summed, batch: Batch) -> tuple[Summed, None]:
+        return jax.tree.map(jnp.add, total, summed(batch)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient_of, params, first))
+    zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(summed, first))
     total, _ = jax.lax.scan(add, zeros, batch_A)
     return total
+
+
+def rebalanced(balance: nnx.State, loads: Loads, cfg: ModelConfig) -> nnx.State:
+    """Each expert's choice bias, one step nearer to even load (Wang et al. 2024).
+
+    Loads are whole numbers over all microbatches and devices, so the direction is exact on every mesh.
+    """
+
+    def moved(path: tuple, bias: Array) -> Array:
+        assert cfg.moe is not None
+        # The bias of a layer's place is found under the place's name, stacked as the place's loads are.
+        names = [str(getattr(key, "key", key)) for key in path]
+        load = loads[next(name for name in names if name in loads)].reshape(bias.shape)
+        # Above or below the mean, without a division: E * load against the sum of loads.
+        excess = load * cfg.moe.experts - jnp.sum(load, axis=-1, keepdims=True)
+        return bias - cfg.moe.balance_rate * jnp.sign(excess).astype(bias.dtype)
+
+    return jax.tree_util.tree_map_with_path(moved, balance)
+
+
+def health(loads: Loads) -> Metrics:
+    """load_max_over_mean, of the worst layer, and expert_load [E], each expert's share of all layers' choices."""
+    load_LE = jnp.concatenate(list(loads.values())).astype(jnp.float32)
+    total_L = jnp.sum(load_LE, axis=-1)
+    worst = jnp.max(jnp.max(load_LE, axis=-1) * load_LE.shape[-1] * divide(jnp.ones(()), total_L))
+    return {
+        "load_max_over_mean": worst,
+        "expert_load": jnp.sum(load_LE, axis=0) * divide(jnp.ones(()), jnp.sum(total_L)),
+    }
 
 
 def divide(value: Array, weight: Array) -> Array:
