@@ -10,6 +10,7 @@ from llm_jax.mesh import acts
 from llm_jax.model import attention as module
 from llm_jax.model.attention import attention, resolve
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.sight import Places, Sight
 from tests.small import QUICKLY, mesh_of, put
 
 SHARDED = {"context": 2, "fsdp": 2, "tensor": 2}
@@ -46,6 +47,11 @@ def naive(q: np.ndarray, k: np.ndarray, v: np.ndarray, segments: np.ndarray, cau
     return out
 
 
+def full(q: Array, k: Array, v: Array, segments_BT: Array, segments_BS: Array, causal: bool, backend: str) -> Array:
+    places = (Places(segments_BT, jnp.zeros_like(segments_BT)), Places(segments_BS, jnp.zeros_like(segments_BS)))
+    return attention(q, k, v, *places, sight=Sight(causal), soft_cap=None, sinks_H=None, backend=backend)
+
+
 def run(backend: str, causal: bool, arrays: tuple[np.ndarray, ...], mesh: dict[str, int]) -> list[np.ndarray]:
     """The output and the gradients of q, k and v."""
     devices = mesh_of(**mesh)
@@ -55,7 +61,7 @@ def run(backend: str, causal: bool, arrays: tuple[np.ndarray, ...], mesh: dict[s
             k_BSKC, v_BSKC, segments_BS = (
                 jax.reshard(x, acts(a)) for x, a in ((k, "BSKC"), (v, "BSKC"), (segments, "BS"))
             )
-            return attention(q, k_BSKC, v_BSKC, segments, segments_BS, causal=causal, backend=backend)
+            return full(q, k_BSKC, v_BSKC, segments, segments_BS, causal, backend)
 
         o, pull_back = jax.vjp(attend, q, k, v)
         return o, *pull_back(do)
@@ -119,7 +125,7 @@ def test_blocks_divide_the_row():
 def test_chunked_keeps_no_scores_of_a_long_row():
     def memory(backend: str) -> int:
         def loss(q: Array, k: Array, v: Array, segments: Array) -> Array:
-            return jnp.sum(attention(q, k, v, segments, segments, causal=True, backend=backend))
+            return jnp.sum(full(q, k, v, segments, segments, True, backend))
 
         with jax.set_mesh(mesh_of()):
             x, segments = jax.ShapeDtypeStruct((1, 4096, 1, 8), jnp.float32), jax.ShapeDtypeStruct((1, 4096), jnp.int32)
@@ -139,7 +145,7 @@ def test_scores_and_softmax_are_float32_in_bfloat16():
     with jax.set_mesh(mesh_of()):
         for backend in ("xla", "chunked"):
             o = jax.jit(
-                lambda q, k, v, s, backend=backend: attention(q, k, v, s, s, causal=True, backend=backend),
+                lambda q, k, v, s, backend=backend: full(q, k, v, s, s, True, backend),
                 compiler_options=QUICKLY,
             )(*(jnp.asarray(x, jnp.bfloat16) for x in qkv), jnp.asarray(segments))
             assert o.dtype == jnp.bfloat16
@@ -171,9 +177,9 @@ def keys_cut_one_early(monkeypatch):
     """The last block of keys ends one key too soon."""
     block = module._block
 
-    def short(q, k, v, visible):
+    def short(soft_cap, q, k, v, sinks, visible):
         visible = visible.at[:, -1, -1].set(False) if visible.shape[1] != visible.shape[2] else visible
-        return block(q, k, v, visible)
+        return block(soft_cap, q, k, v, sinks, visible)
 
     monkeypatch.setattr(module, "_block", short)
 
@@ -182,10 +188,10 @@ def heads_paired_wrongly(monkeypatch):
     """Query head h reads key head h modulo K instead of h divided by the group."""
     dense = module._dense
 
-    def interleaved(q, k, v, visible):
+    def interleaved(q, k, v, *rest):
         H, K = q.shape[2], k.shape[2]
         order = np.arange(H).reshape(H // K, K).T.reshape(-1)
-        return dense(q[:, :, order], k, v, visible)[:, :, np.argsort(order)]
+        return dense(q[:, :, order], k, v, *rest)[:, :, np.argsort(order)]
 
     monkeypatch.setattr(module, "_dense", interleaved)
 

@@ -146,20 +146,20 @@ def test_packed_documents_have_the_loss_that_they_have_alone():
 
 
 def no_segments(attention: Callable) -> Callable:
-    def defective(q, k, v, segments_BT, segments_BS, *, causal, backend):
-        blind = (jnp.zeros_like(segments_BT), jnp.zeros_like(segments_BS))
-        return attention(q, k, v, *blind, causal=causal, backend=backend)
+    def defective(q, k, v, here, there, **how):
+        blind = (places._replace(segments=jnp.zeros_like(places.segments)) for places in (here, there))
+        return attention(q, k, v, *blind, **how)
 
     return defective
 
 
 def not_causal(attention: Callable) -> Callable:
-    return lambda *arguments, causal, backend: attention(*arguments, causal=False, backend=backend)
+    return lambda *arguments, sight, **how: attention(*arguments, sight=sight._replace(causal=False), **how)
 
 
 def keys_segments_shifted(attention: Callable) -> Callable:
-    def defective(q, k, v, segments_BT, segments_BS, *, causal, backend):
-        return attention(q, k, v, segments_BT, jnp.roll(segments_BS, 1, axis=1), causal=causal, backend=backend)
+    def defective(q, k, v, here, there, **how):
+        return attention(q, k, v, here, there._replace(segments=jnp.roll(there.segments, 1, axis=1)), **how)
 
     return defective
 

@@ -1,5 +1,6 @@
 """Attention backends behind one signature; all give the same numbers, they differ in memory and speed."""
 
+import functools
 import math
 
 import jax
@@ -8,6 +9,7 @@ from jax import Array
 
 from llm_jax.mesh import acts
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.sight import Places, Sight, reach, visible
 
 MASKED = -1e30
 
@@ -22,133 +24,193 @@ def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:
 
 
 def attention(
-    q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, segments_BT: Array, segments_BS: Array, *, causal: bool, backend: str
+    q_BTHC: Array,
+    k_BSKC: Array,
+    v_BSKC: Array,
+    here: Places,
+    there: Places,
+    *,
+    sight: Sight,
+    soft_cap: float | None,
+    sinks_H: Array | None,
+    backend: str,
 ) -> Array:
-    """Scaled dot-product attention inside segments; H query heads share K key heads in groups of H / K.
+    """Scaled dot-product attention; H query heads share K key heads in groups of H / K.
 
-    T may be sharded over context, S is whole. Returns o_BTHC in q's type; scores and softmax are float32.
+    T may be sharded over context, S is whole. here [B, T] and there [B, S] place queries and keys, and sight says who
+    sees whom. soft_cap: scores become soft_cap * tanh(scores / soft_cap) (Gemma 2, 2024). sinks_H: float32, a score of
+    each head that takes its share of the softmax and brings no value (gpt-oss, 2025). Returns o_BTHC in q's type;
+    scores and softmax are float32.
     """
+    arguments = (q_BTHC, k_BSKC, v_BSKC, sinks_H, here, there)
     match backend:
         case "xla":
-            return _xla(q_BTHC, k_BSKC, v_BSKC, segments_BT, segments_BS, causal)
+            return _xla(*arguments, sight, soft_cap)
         case "chunked":
-            return _chunked(q_BTHC, k_BSKC, v_BSKC, segments_BT, segments_BS, causal)
+            return _chunked(*arguments, sight, soft_cap)
     raise AssertionError(f"attention backend {backend!r} was not resolved")
 
 
-def _xla(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, segments_BT: Array, segments_BS: Array, causal: bool) -> Array:
+def _xla(
+    q_BTHC: Array,
+    k_BSKC: Array,
+    v_BSKC: Array,
+    sinks_H: Array | None,
+    here: Places,
+    there: Places,
+    sight: Sight,
+    soft_cap: float | None,
+) -> Array:
     """The reference: every score at once."""
     T, S = q_BTHC.shape[1], k_BSKC.shape[1]
-    visible_BTS = segments_BT[:, :, None] == segments_BS[:, None, :]
-    if causal:
-        t_TS = jax.lax.broadcasted_iota(jnp.int32, (T, S), 0, out_sharding=acts("TS"))
-        s_TS = jax.lax.broadcasted_iota(jnp.int32, (T, S), 1, out_sharding=acts("TS"))
-        visible_BTS &= (s_TS <= t_TS)[None]
-    return _dense(q_BTHC, k_BSKC, v_BSKC, visible_BTS)
+    t_T = jax.lax.broadcasted_iota(jnp.int32, (T,), 0, out_sharding=acts("T"))
+    s_S = jax.lax.broadcasted_iota(jnp.int32, (S,), 0, out_sharding=acts("S"))
+    return _dense(q_BTHC, k_BSKC, v_BSKC, sinks_H, visible(here, there, t_T, s_S, sight), soft_cap)
 
 
-def _dense(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, visible_BTS: Array) -> Array:
-    shares_BKGTS = jax.nn.softmax(_scores(q_BTHC, k_BSKC, visible_BTS), axis=-1).astype(v_BSKC.dtype)
-    return jnp.einsum("BKGTS,BSKC->BTKGC", shares_BKGTS, v_BSKC).reshape(q_BTHC.shape)
+def _dense(
+    q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, sinks_H: Array | None, visible_BTS: Array, soft_cap: float | None
+) -> Array:
+    scores_BKGTS = _masked(_scores(q_BTHC, k_BSKC, soft_cap), visible_BTS)
+    if sinks_H is None:
+        shares_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+    else:
+        normaliser_BKGT = jnp.logaddexp(jax.nn.logsumexp(scores_BKGTS, axis=-1), _grouped_sinks(sinks_H, k_BSKC))
+        shares_BKGTS = jnp.exp(scores_BKGTS - normaliser_BKGT[..., None])
+    return jnp.einsum("BKGTS,BSKC->BTKGC", shares_BKGTS.astype(v_BSKC.dtype), v_BSKC).reshape(q_BTHC.shape)
 
 
 def _chunked(
-    q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, segments_BT: Array, segments_BS: Array, causal: bool
+    q_BTHC: Array,
+    k_BSKC: Array,
+    v_BSKC: Array,
+    sinks_H: Array | None,
+    here: Places,
+    there: Places,
+    sight: Sight,
+    soft_cap: float | None,
 ) -> Array:
-    """Blocks of queries in up to four spans, each against the keys it can see; memory O(block * S), not O(T * S)."""
-    arguments = (q_BTHC, k_BSKC, v_BSKC, segments_BT, segments_BS)
-    specs = tuple(acts(letters) for letters in ("BTHC", "BSKC", "BSKC", "BT", "BS"))
+    """Blocks of queries, each against the keys it can see or a few more; memory O(block * S), not O(T * S)."""
 
-    def spans(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, segments_BT: Array, segments_BS: Array) -> Array:
+    def local(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, sinks_H: Array | None, here: Places, there: Places) -> Array:
         T, S = q_BTHC.shape[1], k_BSKC.shape[1]
         block = _block_length(T)
         length = -(-T // (4 * block)) * block
         first = jax.lax.axis_index("context") * T
+        behind, ahead = reach(sight, S)
         outputs = []
         for start in range(0, T, length):
             stop = min(start + length, T)
             # Under context parallelism a rank's first query is not known at compile time: it looks at all keys.
-            end = stop if causal and T == S else S
-            queries = (q_BTHC[:, start:stop], segments_BT[:, start:stop], first + start)
-            outputs.append(_span(*queries, k_BSKC[:, :end], v_BSKC[:, :end], segments_BS[:, :end], block, causal))
+            low, high = (max(start - behind, 0), min(stop + ahead, S)) if T == S else (0, S)
+            queries = (q_BTHC[:, start:stop], Places(*(x[:, start:stop] for x in here)), first + start)
+            keys = (k_BSKC[:, low:high], v_BSKC[:, low:high], Places(*(x[:, low:high] for x in there)), low)
+            outputs.append(_span(*queries, *keys, sinks_H, block, sight, soft_cap))
         return jnp.concatenate(outputs, axis=1)
 
     # shard_map adds up the gradients of keys and values over context: every rank's queries looked at all of them.
-    return jax.shard_map(spans, in_specs=specs, out_specs=acts("BTHC"), check_vma=False)(*arguments)
+    places = (Places(acts("BT"), acts("BT")), Places(acts("BS"), acts("BS")))
+    specs = (acts("BTHC"), acts("BSKC"), acts("BSKC"), acts("H"), *places)
+    return jax.shard_map(local, in_specs=specs, out_specs=acts("BTHC"), check_vma=False)(
+        q_BTHC, k_BSKC, v_BSKC, sinks_H, here, there
+    )
 
 
 def _span(
     q_BTHC: Array,
-    segments_BT: Array,
+    here: Places,
     first: Array,
     k_BSKC: Array,
     v_BSKC: Array,
-    segments_BS: Array,
+    there: Places,
+    low: int,
+    sinks_H: Array | None,
     block: int,
-    causal: bool,
+    sight: Sight,
+    soft_cap: float | None,
 ) -> Array:
-    """Consecutive queries, the first of them at position `first` of its row: a loop over blocks that keeps no scores.
+    """Consecutive queries from place `first` of their row on, keys from `low` on: a loop over blocks that keeps no
+    scores. Written out instead of looped, XLA would keep the scores of all blocks at once."""
 
-    Written out instead of looped, XLA would keep the scores of all blocks at once.
-    """
-
-    def one_block(queries: tuple[Array, Array, Array]) -> Array:
-        q_BTHC, segments_BT, first = queries
-        visible_BTS = segments_BT[:, :, None] == segments_BS[:, None, :]
-        if causal:
-            t_T = first + jnp.arange(block)
-            visible_BTS &= (jnp.arange(segments_BS.shape[1])[None, :] <= t_T[:, None])[None]
-        return _block(q_BTHC, k_BSKC, v_BSKC, visible_BTS)
+    def one_block(queries: tuple[Array, Places, Array]) -> Array:
+        q_BTHC, here, first = queries
+        s_S = low + jnp.arange(k_BSKC.shape[1])
+        visible_BTS = visible(here, there, first + jnp.arange(block), s_S, sight)
+        return _block(soft_cap, q_BTHC, k_BSKC, v_BSKC, sinks_H, visible_BTS)
 
     n = q_BTHC.shape[1] // block
     if n == 1:
-        return one_block((q_BTHC, segments_BT, first))
-    q_blocks, segments_blocks = (jnp.stack(jnp.split(x, n, axis=1)) for x in (q_BTHC, segments_BT))
-    o_blocks = jax.lax.map(jax.checkpoint(one_block), (q_blocks, segments_blocks, first + block * jnp.arange(n)))
+        return one_block((q_BTHC, here, first))
+    q_blocks, here_blocks = jax.tree.map(lambda x: jnp.stack(jnp.split(x, n, axis=1)), (q_BTHC, here))
+    o_blocks = jax.lax.map(jax.checkpoint(one_block), (q_blocks, here_blocks, first + block * jnp.arange(n)))
     return jnp.concatenate(list(o_blocks), axis=1)
 
 
-@jax.custom_vjp
-def _block(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, visible_BTS: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _block(
+    soft_cap: float | None, q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, sinks_H: Array | None, visible_BTS: Array
+) -> Array:
     """_dense's numbers; the backward pass makes the scores again from the log-normalisers, as in FlashAttention
     (Dao et al. 2022), instead of reading back what the softmax left."""
-    return _block_forward(q_BTHC, k_BSKC, v_BSKC, visible_BTS)[0]
+    return _block_forward(soft_cap, q_BTHC, k_BSKC, v_BSKC, sinks_H, visible_BTS)[0]
 
 
-def _block_forward(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, visible_BTS: Array) -> tuple[Array, tuple[Array, ...]]:
+def _block_forward(
+    soft_cap: float | None, q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, sinks_H: Array | None, visible_BTS: Array
+) -> tuple[Array, tuple]:
     B, T, H, C = q_BTHC.shape
-    scores_BKGTS = _scores(q_BTHC, k_BSKC, visible_BTS)
+    scores_BKGTS = _masked(_scores(q_BTHC, k_BSKC, soft_cap), visible_BTS)
     highest_BKGT = jnp.max(scores_BKGTS, axis=-1)
+    if sinks_H is not None:
+        highest_BKGT = jnp.maximum(highest_BKGT, _grouped_sinks(sinks_H, k_BSKC))
     exp_BKGTS = jnp.exp(scores_BKGTS - highest_BKGT[..., None])
     sum_BKGT = jnp.sum(exp_BKGTS, axis=-1)
+    if sinks_H is not None:
+        sum_BKGT += jnp.exp(_grouped_sinks(sinks_H, k_BSKC) - highest_BKGT)
     o_BKGTC = jnp.einsum("BKGTS,BSKC->BKGTC", exp_BKGTS.astype(v_BSKC.dtype), v_BSKC)
     o_BKGTC = (o_BKGTC / sum_BKGT[..., None]).astype(v_BSKC.dtype)
     o_BTHC = jnp.moveaxis(o_BKGTC, 3, 1).reshape(B, T, H, C)
-    return o_BTHC, (q_BTHC, k_BSKC, v_BSKC, visible_BTS, o_BKGTC, highest_BKGT + jnp.log(sum_BKGT))
+    return o_BTHC, (q_BTHC, k_BSKC, v_BSKC, sinks_H, visible_BTS, o_BKGTC, highest_BKGT + jnp.log(sum_BKGT))
 
 
-def _block_backward(saved: tuple[Array, ...], do_BTHC: Array) -> tuple[Array, Array, Array, None]:
-    q_BTHC, k_BSKC, v_BSKC, visible_BTS, o_BKGTC, normaliser_BKGT = saved
+def _block_backward(
+    soft_cap: float | None, saved: tuple, do_BTHC: Array
+) -> tuple[Array, Array, Array, Array | None, None]:
+    q_BTHC, k_BSKC, v_BSKC, sinks_H, visible_BTS, o_BKGTC, normaliser_BKGT = saved
     B, T, H, C = q_BTHC.shape
     do_BKGTC = jnp.moveaxis(_grouped(do_BTHC, k_BSKC), 1, 3)
-    share_BKGTS = jnp.exp(_scores(q_BTHC, k_BSKC, visible_BTS) - normaliser_BKGT[..., None])
+    capped_BKGTS = _scores(q_BTHC, k_BSKC, soft_cap)
+    share_BKGTS = jnp.exp(_masked(capped_BKGTS, visible_BTS) - normaliser_BKGT[..., None])
     dshare_BKGTS = jnp.einsum("BKGTC,BSKC->BKGTS", do_BKGTC, v_BSKC, preferred_element_type=jnp.float32)
     inner_BKGT = jnp.sum(do_BKGTC.astype(jnp.float32) * o_BKGTC, axis=-1)
-    dscores_BKGTS = (share_BKGTS * (dshare_BKGTS - inner_BKGT[..., None])).astype(q_BTHC.dtype)
+    dscores_BKGTS = share_BKGTS * (dshare_BKGTS - inner_BKGT[..., None])
+    if soft_cap is not None:
+        dscores_BKGTS *= 1 - jnp.square(capped_BKGTS / soft_cap)
+    dscores_BKGTS = dscores_BKGTS.astype(q_BTHC.dtype)
     scale = 1 / math.sqrt(C)
     dq_BTHC = (jnp.einsum("BKGTS,BSKC->BTKGC", dscores_BKGTS, k_BSKC) * scale).reshape(B, T, H, C)
     dk_BSKC = jnp.einsum("BKGTS,BTKGC->BSKC", dscores_BKGTS, _grouped(q_BTHC * scale, k_BSKC))
     dv_BSKC = jnp.einsum("BKGTS,BKGTC->BSKC", share_BKGTS.astype(v_BSKC.dtype), do_BKGTC)
-    return dq_BTHC, dk_BSKC, dv_BSKC, None
+    dsinks_H = None
+    if sinks_H is not None:
+        # The sink's value is zero: its share moves by -inner alone.
+        sink_share_BKGT = jnp.exp(_grouped_sinks(sinks_H, k_BSKC) - normaliser_BKGT)
+        dsinks_H = -jnp.sum(sink_share_BKGT * inner_BKGT, axis=(0, 3)).reshape(H)
+    return dq_BTHC, dk_BSKC, dv_BSKC, dsinks_H, None
 
 
 _block.defvjp(_block_forward, _block_backward)
 
 
-def _scores(q_BTHC: Array, k_BSKC: Array, visible_BTS: Array) -> Array:
-    """Float32 scores_BKGTS, MASKED where a query may not look."""
+def _scores(q_BTHC: Array, k_BSKC: Array, soft_cap: float | None) -> Array:
+    """Float32 scores_BKGTS of every query and key, capped."""
     q_BTKGC = _grouped(q_BTHC * (1 / math.sqrt(q_BTHC.shape[-1])), k_BSKC)
     scores_BKGTS = jnp.einsum("BTKGC,BSKC->BKGTS", q_BTKGC, k_BSKC, preferred_element_type=jnp.float32)
+    return scores_BKGTS if soft_cap is None else soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
+
+
+def _masked(scores_BKGTS: Array, visible_BTS: Array) -> Array:
+    """MASKED where a query may not look."""
     return jnp.where(visible_BTS[:, None, None], scores_BKGTS, MASKED)
 
 
@@ -156,6 +218,12 @@ def _grouped(x_BTHC: Array, k_BSKC: Array) -> Array:
     """[B, T, K, G, C]: the query heads of each key head together."""
     B, T, H, C = x_BTHC.shape
     return x_BTHC.reshape(B, T, k_BSKC.shape[2], H // k_BSKC.shape[2], C)
+
+
+def _grouped_sinks(sinks_H: Array, k_BSKC: Array) -> Array:
+    """[1, K, G, 1], to meet what is [B, K, G, T]."""
+    K = k_BSKC.shape[2]
+    return sinks_H.astype(jnp.float32).reshape(1, K, sinks_H.shape[0] // K, 1)
 
 
 def _block_length(T: int) -> int:

@@ -13,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llm_jax.mesh import acts
 from llm_jax.model.attention import attention
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.sight import Places, Sight
 from llm_jax.model.weights import Weight, matrix, project, scale_vector, use
 
 
@@ -91,7 +92,12 @@ class Attention(nnx.Module):
         # Keys and values of the whole row on every context rank: the one all-gather of context parallelism.
         k_BSKC, v_BSKC = jax.reshard((k_BTKC, v_BTKC), acts("BSKC"))
         segments_BS = jax.reshard(segments_BT, acts("BS"))
-        o_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, segments_BT, segments_BS, causal=causal, backend=cfg.attention)
+        # Without a block nobody asks for positions inside the document: the segments stand in for them.
+        here, there = Places(segments_BT, segments_BT), Places(segments_BS, segments_BS)
+        sight = Sight(causal=causal)
+        o_BTHC = attention(
+            q_BTHC, k_BSKC, v_BSKC, here, there, sight=sight, soft_cap=None, sinks_H=None, backend=cfg.attention
+        )
         o_BTD = project("BTHC,HCD->BTD", o_BTHC, use(self.o, cfg), out_sharding=acts("BTD"))
         return checkpoint_name(o_BTD, "attention_out")
 
