@@ -191,6 +191,8 @@ def test_a_line_says_what_is_unusual_and_only_then() -> None:
         "step  120/2000  loss 3.0000  lr 9.8e-04  grad 0.71  12.3k tok/s  mfu 41%  wait 3%  save 25%  2 skipped so far"
     )
     assert format_line({"step": 1, "loss": None}, 10) == "step  1/10  loss nan"
+    routed = {"step": 1, "loss": 2.0, "load_max_over_mean": 1.234, "dropped": 0.02}
+    assert format_line(routed, 9) == "step 1/9  loss 2.0000  load 1.23  dropped 2.0%"
     assert format_validation({"step": 7, "loss": None, "perplexity": 12.345, "accuracy": 0.5}) == (
         "held-out text after step 7:  perplexity 12.35  accuracy 50.0%"
     )

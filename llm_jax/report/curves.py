@@ -61,7 +61,7 @@ class Chart:
 def charts(records: Sequence[Record]) -> list[Chart]:
     """Every chart that has something to show, in the order in which they are read."""
     last = max(last_step(record) for record in records)
-    made = [chart(records, last) for chart in (_loss, _bits, _rate, _gradient, _speed)]
+    made = [chart(records, last) for chart in (_loss, _bits, _rate, _gradient, _speed, *_ROUTING)]
     return [chart for chart in made if chart is not None]
 
 
@@ -157,6 +157,30 @@ def _gradient(records: Sequence[Record], last: float) -> Chart | None:
 def _speed(records: Sequence[Record], last: float) -> Chart | None:
     note = "Speed of all devices together, evaluations and checkpoints not counted."
     return _chart("tokens_per_second", "Tokens per second", note, _noisy(records, "tokens_per_s"), last, low=0)
+
+
+def _fullest(records: Sequence[Record], last: float) -> Chart | None:
+    note = "Load of the fullest expert of the worst layer, as a multiple of an even share; 1 is perfect balance."
+    return _chart("load", "Fullest expert", note, _noisy(records, "load_max_over_mean"), last, low=0)
+
+
+def _entropy(records: Sequence[Record], last: float) -> Chart | None:
+    note = "How undecided routers are, in nats: the logarithm of the number of experts is no preference, 0 certainty."
+    return _chart("router_entropy", "Router entropy", note, _noisy(records, "router_entropy"), last, low=0)
+
+
+def _dropped(records: Sequence[Record], last: float) -> Chart | None:
+    note = "Share of the tokens' choices that found their expert full."
+    series = _noisy(records, "dropped")
+    # Dropless runs have a line of zeros, which tells nothing.
+    return (
+        _chart("dropped", "Dropped choices", note, series, last, low=0)
+        if any(np.nanmax(s.y, initial=0) for s in series)
+        else None
+    )
+
+
+_ROUTING = (_fullest, _entropy, _dropped)
 
 
 def _noisy(records: Sequence[Record], column: str) -> list[Series]:

@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from llm_jax.report import html, sections
+from llm_jax.report.experts import experts
 from llm_jax.report.record import Record
 
 
@@ -17,6 +18,7 @@ def render(records: Sequence[Record], out: Path) -> str:
         sections.header(records),
         top,
         sections.curves(records),
+        experts(records),
         sections.samples(records),
         sections.evaluation(records),
         sections.configuration(records),

@@ -24,7 +24,8 @@ EVALUATION = "eval.jsonl"
 # Floats by name, all of one length; NaN is what is not known or not finite.
 Columns = Mapping[str, np.ndarray]
 
-UPDATES = ("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "data_wait", "finite", "time")
+ROUTING = ("load_max_over_mean", "router_entropy", "dropped")
+UPDATES = ("step", "loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "data_wait", "finite", "time", *ROUTING)
 LOOKS = ("step", "loss", "perplexity", "bits_per_byte", "accuracy")
 
 
@@ -43,6 +44,8 @@ class Record:
     """eval.jsonl's newest row for each step and split, in that order."""
     attempts: Sequence[Mapping[str, Any]]
     """environment.json's attempts, the oldest first."""
+    expert_load: Sequence[float]
+    """Each expert's share of the last recorded update's choices; empty without experts."""
 
     @property
     def name(self) -> str:
@@ -106,6 +109,7 @@ def read(directory: str | Path) -> Record:
         looks=read_columns(path / VALIDATION, LOOKS),
         evaluations=_newest_rows(path / EVALUATION),
         attempts=[a for a in attempts if isinstance(a, dict)] if isinstance(attempts, list) else [],
+        expert_load=_last_load(path / METRICS),
     )
 
 
@@ -140,6 +144,13 @@ def at(tree: Mapping[str, Any], path: str, missing: Any = None) -> Any:
     return node
 
 
+def _last_load(path: Path) -> Sequence[float]:
+    load: Any = None
+    for line in _lines(path, from_json, last_bytes=1 << 20):
+        load = line.get("expert_load", load)
+    return [number(share) for share in load] if isinstance(load, list) else []
+
+
 def _newest_rows(path: Path) -> list[Mapping[str, Any]]:
     newest: dict[tuple[float, str], Mapping[str, Any]] = {}
     for row in _lines(path, json.loads):
@@ -147,11 +158,16 @@ def _newest_rows(path: Path) -> list[Mapping[str, Any]]:
     return [newest[key] for key in sorted(newest) if math.isfinite(key[0])]
 
 
-def _lines(path: Path, parse: Callable[[bytes], Any]) -> Iterator[Mapping[str, Any]]:
-    """The JSON objects among a file's lines; a run under way may be in the middle of writing its last one."""
+def _lines(path: Path, parse: Callable[[bytes], Any], last_bytes: int | None = None) -> Iterator[Mapping[str, Any]]:
+    """The JSON objects among a file's lines; a run under way may be in the middle of writing its last one.
+
+    last_bytes: only those that lie whole in so many bytes at the end.
+    """
     if not path.exists():
         return
     with open(path, "rb") as file:
+        if last_bytes is not None:
+            file.seek(max(0, path.stat().st_size - last_bytes))
         for raw in file:
             line = _parsed(raw, parse)
             if isinstance(line, dict):

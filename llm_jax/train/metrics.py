@@ -147,6 +147,10 @@ def format_line(line: Line, steps: int) -> str:
         shown.append(f"{short(line['tokens_per_s'])} tok/s")
     shares = {"mfu": "mfu {:.0%}", "data_wait": "wait {:.0%}"}
     shown += [text.format(line[name]) for name, text in shares.items() if line.get(name) is not None]
+    if line.get("load_max_over_mean") is not None:
+        shown.append(f"load {line['load_max_over_mean']:.2f}")
+    if line.get("dropped"):
+        shown.append(f"dropped {line['dropped']:.1%}")
     if (line.get("checkpoint_stall") or 0) >= 0.005:
         shown.append(f"save {line['checkpoint_stall']:.0%}")
     if line.get("finite") is False:
