@@ -75,7 +75,7 @@ def measure(name: str, steps: int) -> dict[str, object]:
     timed = sorted(seconds[2:])
     median = statistics.median(timed)
     tokens_per_s = run.tokens_per_step / median
-    flops = flops_per_token(run.model, run.data.seq_len, causal=True)
+    flops = flops_per_token(run.model, run.data.seq_len, run.objective)
     peak = peak_flops(device.device_kind, run.model.compute_dtype)
     stats = device.memory_stats() or {}
     return {

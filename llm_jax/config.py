@@ -272,6 +272,15 @@ def _default(field: FieldInfo) -> Any:
     return to_jsonable_python(field.get_default(call_default_factory=True))
 
 
+def _short(field: Accepts, value: Any) -> Any:
+    """A value in which the sections of a list have only the fields that differ from their class's defaults."""
+    section = field.items.sections[0] if field.items and field.items.sections else None
+    if section is None or not isinstance(value, list):
+        return value
+    defaults = _defaults(section)
+    return [{k: v for k, v in item.items() if not _same(v, defaults.get(k, ABSENT))} for item in value]
+
+
 def _diff(old: Any, new: Any, path: str) -> Iterator[Difference]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in dict.fromkeys([*old, *new]):
@@ -291,13 +300,14 @@ def _describe(
         field, path, help = accepts(info), prefix + name, " ".join((info.description or "").split())
         value, default = values[name], defaults.get(name, ABSENT)
         if not field.sections or not isinstance(value, dict):
-            yield Row(path, words(field), value, default, help)
+            said = f"{SECTION} or null" if field.sections else words(field)
+            yield Row(path, said, _short(field, value), _short(field, default), help)
             continue
         yield Row(path, SECTION, None, None, help)
         tag = field.discriminator
         below = field.by_tag[value[tag]] if tag else field.sections[0]
         if not isinstance(default, dict):
-            default = {}
+            default = {} if tag else _defaults(below)
         if tag and default.get(tag) != value[tag]:
             default = {**_defaults(below), tag: default.get(tag, ABSENT)}
         for row in _describe(below, value, default, f"{path}."):

@@ -8,6 +8,8 @@ from llm_jax import command_line, run
 from llm_jax.config import ABSENT, Config, Row, describe, to_json
 from llm_jax.exit_codes import DONE
 from llm_jax.field_types import SECTION
+from llm_jax.run import Run
+from llm_jax.train import flops
 
 _EXAMPLES = """\
   llm-jax config configs/quickstart.py
@@ -29,8 +31,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the run as JSON, as checkpoints hold it")
     arguments = parser.read(argv)
     shown = run.from_command_line(arguments.config, arguments.overrides)
-    print(to_json(shown) if arguments.json else table(shown), end="")
+    print(to_json(shown) if arguments.json else f"{table(shown)}\n{summary(shown)}\n", end="")
     return DONE
+
+
+def summary(shown: Run) -> str:
+    """A line of what follows from the fields: parameters, as papers count them, and arithmetic."""
+    model = shown.model
+    published, stored = flops.parameters(model, padded=False), flops.parameters(model)
+    parts = [f"{published:,} parameters"]
+    if stored != published:
+        parts.append(f"{stored:,} with the padded vocabulary")
+    if model.moe is not None:
+        parts.append(f"{flops.active_parameters(model, padded=False):,} of them for a token")
+    per_token = flops.flops_per_token(model, shown.data.seq_len, shown.objective).full
+    parts.append(f"{per_token:.3g} FLOPs to train on a token ({flops.CONVENTION})")
+    return "; ".join(parts)
 
 
 def table(config: Config) -> str:

@@ -57,7 +57,7 @@ def go(session: Session, guards: Guards) -> int:
     """The loop with all that it writes: log, checkpoints, looks at held-out rows."""
     run = session.run
     device = session.mesh.devices.flat[0]
-    flops = flops_per_token(run.model, run.data.seq_len, causal=True)
+    flops = flops_per_token(run.model, run.data.seq_len, run.objective)
     peak = peak_flops(device.device_kind, run.model.compute_dtype)
     meta = checkpoint_meta(run, session.prepared, environment.versions())
     name_arrays = jax.jit(to_tree)

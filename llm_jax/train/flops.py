@@ -1,13 +1,17 @@
 """How much arithmetic a token needs, and which share of the hardware's peak a run reaches. Pure, and without jax."""
 
+import math
+from fractions import Fraction
 from typing import Literal, NamedTuple
 
-from llm_jax.model.config import ModelConfig
+from llm_jax.model.config import LayerConfig, ModelConfig
+from llm_jax.objective.config import CausalConfig, ObjectiveConfig
 
-# What an MFU counts, printed beside it: 6 for each weight a token is multiplied with (the output head in, the input
-# embedding out, since a look-up multiplies nothing), and attention as if every token looked at its whole row (as in
-# PaLM, Chowdhery et al. 2022). Recomputation under remat is not counted: it is a cost, not a result.
-CONVENTION = "6N + full attention"
+# What an MFU counts, printed beside it: 6 for each weight a token is multiplied with (as in PaLM, Chowdhery et al.
+# 2022), so of experts the chosen ones, no embedding, since a look-up multiplies nothing, and the head as often as there
+# is something to predict; and attention to the whole row, or to all of a local layer's window or block, whatever mask
+# lies over it. Recomputation under remat is not counted: it is a cost, not a result.
+CONVENTION = "6N active + attention to the row or window"
 
 # Dense bfloat16 peak of one device in FLOP/s, by the name that JAX gives the device (`device_kind`). GPUs: NVIDIA's
 # data sheets, whose figures since the H100 are with sparsity: twice these. TPUs: Google Cloud's page of each version;
@@ -38,15 +42,15 @@ _BFLOAT16_PEAKS: dict[str, float] = {
 class FlopsPerToken(NamedTuple):
     """FLOPs of one token's forward and backward pass, a multiplication and an addition counted as two."""
 
-    weights: int
+    weights: float
     """Products with weights: 6 N."""
-    attention: int
-    """Queries with keys and shares with values, every token with its whole row."""
+    attention: float
+    """Queries with keys and shares with values, every token with its whole row, window or block."""
     visible_attention: float
-    """The same for the keys a token may see: half of them under a causal mask."""
+    """The same without the keys that a causal mask hides: half of a row or block."""
 
     @property
-    def full(self) -> int:
+    def full(self) -> float:
         """By CONVENTION, which MFU uses."""
         return self.weights + self.attention
 
@@ -56,22 +60,28 @@ class FlopsPerToken(NamedTuple):
         return self.weights + self.visible_attention
 
 
-def flops_per_token(cfg: ModelConfig, seq_len: int, causal: bool) -> FlopsPerToken:
+def flops_per_token(cfg: ModelConfig, seq_len: int, objective: ObjectiveConfig) -> FlopsPerToken:
     """FLOPs of training on one token of rows of seq_len; the backward pass costs twice the forward pass."""
-    attention = 12 * cfg.n_layers * cfg.n_heads * cfg.d_head * seq_len
-    return FlopsPerToken(6 * multiplied_weights(cfg), attention, attention / 2 if causal else attention)
+    causal = isinstance(objective, CausalConfig)
+    # As objective/mlm.py has it: the share as it is written, since 0.15 * 40 is a little more than 6 in binary.
+    predicted = 1.0 if causal else math.ceil(Fraction(str(objective.rate)) * seq_len) / seq_len
+    keys = [_keys(cfg, layer, seq_len, causal) for layer in cfg.layers]
+    for_a_key = 12 * cfg.n_heads * cfg.d_head
+    return FlopsPerToken(
+        weights=6 * (_body_weights(cfg) + predicted * _head_weights(cfg)),
+        attention=for_a_key * sum(in_reach for in_reach, _ in keys),
+        visible_attention=for_a_key * sum(visible for _, visible in keys),
+    )
 
 
-def multiplied_weights(cfg: ModelConfig) -> int:
-    """N: the weights that a token is multiplied with, the output head's padded vocabulary included."""
-    return cfg.n_layers * _layer_matrices(cfg) + cfg.padded_vocab_size * cfg.d_model
+def parameters(cfg: ModelConfig, *, padded: bool = True) -> int:
+    """Every trained number of the model; with padded=False vocab_size rows of each table, as papers count."""
+    return _parameters(cfg, cfg.moe.experts if cfg.moe else 0, padded)
 
 
-def parameters(cfg: ModelConfig) -> int:
-    """Every trained number of the model, embeddings with their padding included."""
-    vectors = 2 * cfg.d_model + (2 * cfg.d_head if cfg.qk_norm else 0)
-    tables = 1 if cfg.tied_embeddings else 2
-    return cfg.n_layers * (_layer_matrices(cfg) + vectors) + cfg.d_model + tables * cfg.padded_vocab_size * cfg.d_model
+def active_parameters(cfg: ModelConfig, *, padded: bool = True) -> int:
+    """The parameters that one token uses: all of them but the experts that it does not choose."""
+    return _parameters(cfg, cfg.moe.top_k if cfg.moe else 0, padded)
 
 
 def peak_flops(device_kind: str, dtype: Literal["bfloat16", "float32"]) -> float | None:
@@ -91,6 +101,75 @@ def mfu(tokens_per_s: float, flops: FlopsPerToken, peak: float | None, n_devices
     return None if peak is None else tokens_per_s * flops.full / (peak * n_devices)
 
 
-def _layer_matrices(cfg: ModelConfig) -> int:
+def _body_weights(cfg: ModelConfig) -> int:
+    """The weights that every token is multiplied with, the output head's left out."""
+    return sum(_matrices(cfg, layer, cfg.moe.top_k if cfg.moe else 0) for layer in cfg.layers)
+
+
+def _head_weights(cfg: ModelConfig) -> int:
+    """The weights that a predicted position's hidden state is multiplied with, padded vocabulary included."""
+    return cfg.padded_vocab_size * cfg.d_model + (cfg.d_model**2 if cfg.head_transform else 0)
+
+
+def _keys(cfg: ModelConfig, layer: LayerConfig, seq_len: int, causal: bool) -> tuple[int, float]:
+    """Keys in a query's reach, and how many of them are left by a causal mask on the mean over a row's queries."""
+    if layer.window is not None:
+        # A causal window is the mask's own; only queries near the row's start have fewer keys than it holds.
+        width = min(layer.window if causal else 2 * (layer.window // 2) + 1, seq_len)
+        return width, width - width * width / (2 * seq_len) if causal else width
+    width = min(layer.block or seq_len, seq_len)
+    everywhere = min(cfg.global_tokens if layer.block else 0, seq_len - width)
+    return width + everywhere, width / 2 + everywhere if causal else width + everywhere
+
+
+def _parameters(cfg: ModelConfig, experts: int, padded: bool) -> int:
+    """Every number outside of experts, and those of so many experts a layer."""
+    rows = cfg.padded_vocab_size if padded else cfg.vocab_size
+    tables = (1 if cfg.tied_embeddings else 2) * rows + cfg.learned_positions + cfg.token_types
+    norms = cfg.embedding_norm + cfg.head_transform + (cfg.norm_place != "post")
+    total = tables * cfg.d_model + norms * _norm(cfg) + (rows if cfg.output_bias else 0)
+    if cfg.head_transform:
+        total += cfg.d_model * (cfg.d_model + (cfg.bias == "all"))
+    return total + sum(_matrices(cfg, layer, experts) + _vectors(cfg, layer, experts) for layer in cfg.layers)
+
+
+def _matrices(cfg: ModelConfig, layer: LayerConfig, experts: int) -> int:
+    """A layer's matrices, with so many experts where it has any."""
     attention = 2 * (cfg.n_heads + cfg.n_kv_heads) * cfg.d_head * cfg.d_model
-    return attention + (3 if cfg.mlp == "swiglu" else 2) * cfg.d_model * cfg.d_ff
+    of_mlp = (3 if cfg.gated else 2) * cfg.d_model
+    if not layer.moe:
+        return attention + of_mlp * cfg.d_ff
+    assert cfg.moe is not None
+    router = cfg.d_model * cfg.moe.experts
+    return attention + router + of_mlp * (experts * cfg.moe.d_ff + cfg.moe.shared_d_ff)
+
+
+def _vectors(cfg: ModelConfig, layer: LayerConfig, experts: int) -> int:
+    """A layer's norms, biases and sinks."""
+    H, K, C, D = cfg.n_heads, cfg.n_kv_heads, cfg.d_head, cfg.d_model
+    before = layer.attention_norm + 1 if cfg.norm_place != "post" else 0
+    after = 2 if cfg.norm_place != "pre" else 0
+    total = (before + after) * _norm(cfg)
+    if cfg.qk_norm:
+        total += 2 * C if cfg.qk_norm_over == "head" else (H + K) * C
+    if cfg.attention_sinks:
+        total += H
+    if cfg.bias != "none":
+        total += (H + 2 * K) * C
+    if cfg.bias == "all":
+        total += D + _mlp_biases(cfg, layer, experts)
+    return total
+
+
+def _mlp_biases(cfg: ModelConfig, layer: LayerConfig, experts: int) -> int:
+    def of(d_ff: int) -> int:
+        return (2 if cfg.gated else 1) * d_ff + cfg.d_model
+
+    if not layer.moe:
+        return of(cfg.d_ff)
+    assert cfg.moe is not None
+    return experts * of(cfg.moe.d_ff) + (of(cfg.moe.shared_d_ff) if cfg.moe.shared_d_ff else 0)
+
+
+def _norm(cfg: ModelConfig) -> int:
+    return cfg.d_model * (2 if cfg.norm_bias else 1)
