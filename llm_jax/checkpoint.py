@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.future import Future
 
-from llm_jax import exit_codes, manifest, named_arrays
+from llm_jax import durable, exit_codes, manifest, named_arrays
 from llm_jax.manifest import Damaged, Manifest
 from llm_jax.processes import settle
 
@@ -241,7 +241,7 @@ class Checkpoints:
 
         def finish(_: list[None]) -> None:
             self._handler.finalize(epath.Path(folder / STATE))
-            _write(folder / RECORD, record)
+            durable.write(folder / RECORD, record)
 
         try:
             problem, digests = self._ended(copied), {}
@@ -263,9 +263,9 @@ class Checkpoints:
         digests = {path: digest for share in shares for path, digest in share.items()}
         if sizes.keys() != digests.keys():
             raise OSError(None, "the processes see different files", str(folder))
-        _write(folder / manifest.NAME, manifest.encode(Manifest(step, sizes, digests)))
+        durable.write(folder / manifest.NAME, manifest.encode(Manifest(step, sizes, digests)))
         folder.rename(self._folder(step))
-        _sync(self.directory)
+        durable.flush_folder(self.directory)
         whole = [number for number in self._numbers() if _is_listed(self._folder(number))]
         for old in whole[: -self._keep]:
             try:
@@ -337,21 +337,6 @@ def _is_listed(folder: Path) -> bool:
     except Damaged:
         return False
     return True
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _one_line(error: Exception) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from llm_jax.data.errors import DataError, disk_errors
+from llm_jax.durable import flush_folder
 
 INFO = "info.json"
 PARTIAL = ".partial"
@@ -155,7 +156,7 @@ def stage(folder: Path) -> Iterator[Path]:
             yield unfinished
             _flush(unfinished)
             os.rename(unfinished, folder)
-            _flush_folder(folder.parent)
+            flush_folder(folder.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
@@ -213,13 +214,5 @@ def _flush(folder: Path) -> None:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         else:
-            _flush_folder(path)
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            flush_folder(path)
+    flush_folder(folder)

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from annotated_types import Ge
+from annotated_types import Ge, MinLen
 
 from llm_jax.config import Config, ConfigError
 
@@ -31,7 +31,7 @@ class TrainConfig(Config):
     """Rows of one update, over all devices and microbatches."""
     accumulation: Annotated[int, Ge(1)] = 1
     """Microbatches of one update; divides batch_rows."""
-    init_from: str | None = None
+    init_from: Annotated[str, MinLen(1)] | None = None
     """Run directory whose newest weights start this run (weights only; step 0, a fresh optimizer)."""
 
     def check(self) -> None:
