@@ -4,6 +4,7 @@ A accumulation step   B batch row      U token of a stored row (T + 1)   T query
 D model width         F feed-forward   H query head                      K kv head          G query heads of one kv head
 C head channel        V vocabulary     L layer             N predicted position
 E expert              X chosen expert  M slot in an expert
+P learned position    Y token type     O width inside the output head (as D, and whole)
 """
 
 from collections.abc import Mapping
@@ -36,8 +37,12 @@ VOCAB_MULTIPLE = 128
 
 
 def weight_axes(letters: str) -> tuple[str | None, ...]:
-    """The mesh axis of each letter of a weight; vectors are replicated, since their gather costs more than they do."""
-    return tuple(WEIGHT_AXES.get(a) for a in letters) if len(letters) > 1 else (None,) * len(letters)
+    """The mesh axis of each letter of a weight; a vector is divided over tensor at most, as what it is used with is.
+
+    Over other axes its gather would cost more than it does.
+    """
+    axes = tuple(WEIGHT_AXES.get(a) for a in letters)
+    return axes if len(letters) > 1 else tuple(axis if axis == "tensor" else None for axis in axes)
 
 
 def act_axes(letters: str) -> tuple[str | tuple[str, ...] | None, ...]:

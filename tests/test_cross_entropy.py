@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import Array, P
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.transformer import Head
 from llm_jax.objective import cross_entropy
 from llm_jax.objective.cross_entropy import cross_entropy_sums, token_scores
 from tests.small import CFG, QUICKLY, mesh_of, put
@@ -19,25 +20,26 @@ MESHES = {
     "context 2 x fsdp 2 x tensor 2": {"context": 2, "fsdp": 2, "tensor": 2},
     "data 4 x expert 2": {"data": 4, "expert": 2},
 }
-CAPPED = CFG.model_copy(update={"logit_soft_cap": 5.0})
+CAPPED = CFG.model_copy(update={"logit_soft_cap": 5.0, "output_bias": True})
 PLAIN = CFG.model_copy(update={"logit_soft_cap": None, "vocab_size": 256})
 
 
 def inputs(cfg: ModelConfig) -> tuple[np.ndarray, ...]:
-    """Hidden states, head, targets, ragged weights; the head's padded rows hold numbers that must not count."""
+    """Hidden states, targets, ragged weights, head, bias; the head's padded rows hold numbers that must not count."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(B, T, D)).astype(np.float32)
     head = rng.normal(size=(cfg.padded_vocab_size, D)).astype(np.float32)
     targets = rng.integers(0, cfg.vocab_size, (B, T)).astype(np.int32)
     weights = (rng.random((B, T)) < np.linspace(0, 1, B)[:, None]).astype(np.float32) * rng.integers(1, 3, (B, T))
-    return x, head, targets, weights.astype(np.float32)
+    bias = rng.normal(size=cfg.padded_vocab_size).astype(np.float32) * cfg.output_bias
+    return x, targets, weights.astype(np.float32), head, bias
 
 
 def naive(cfg: ModelConfig, z_loss: float) -> list[np.ndarray]:
-    """total, nll, squared log-normaliser and correct summed, and the gradients of x and head, in float64 by hand."""
-    x, head, targets, weights = inputs(cfg)
-    x, head, weights = x.astype(np.float64), head[: cfg.vocab_size].astype(np.float64), weights.astype(np.float64)
-    logits = x @ head.T
+    """total, nll, squared log-normaliser and correct summed, and the gradients of x, head, bias, in float64 by hand."""
+    targets = inputs(cfg)[1]
+    x, _, weights, head, bias = (a.astype(np.float64) for a in inputs(cfg))
+    logits = x @ head[: cfg.vocab_size].T + bias[: cfg.vocab_size]
     slope = np.ones_like(logits)
     if cfg.logit_soft_cap:
         logits = cfg.logit_soft_cap * np.tanh(logits / cfg.logit_soft_cap)
@@ -48,32 +50,39 @@ def naive(cfg: ModelConfig, z_loss: float) -> list[np.ndarray]:
     nll = log_z - (logits * hit).sum(-1)
     share = np.exp(logits - log_z[..., None])
     d_logits = weights[..., None] * slope * (share * (1 + 2 * z_loss * log_z)[..., None] - hit)
-    d_head = np.zeros((cfg.padded_vocab_size, D))
+    d_head, d_bias = np.zeros((cfg.padded_vocab_size, D)), np.zeros(cfg.padded_vocab_size)
     d_head[: cfg.vocab_size] = np.einsum("btv,btd->vd", d_logits, x)
+    d_bias[: cfg.vocab_size] = np.sum(d_logits, (0, 1))
     sums = [np.sum(weights * part) for part in (nll, log_z**2, logits.argmax(-1) == targets)]
-    return [sums[0] + z_loss * sums[1], *sums, d_logits @ head, d_head]
+    of_bias = [d_bias] if cfg.output_bias else []
+    return [sums[0] + z_loss * sums[1], *sums, d_logits @ head[: cfg.vocab_size], d_head, *of_bias]
 
 
 def fused(cfg: ModelConfig, z_loss: float, mesh: dict[str, int], scale: float = 1.0) -> list[np.ndarray]:
     """The same of the real thing; with `scale` the gradients are those of scale * total, and divided by it again."""
     devices = mesh_of(**mesh)
-    x, head, targets, weights = inputs(cfg)
+    x, targets, weights, *of_head = inputs(cfg)
 
-    def with_gradients(x: Array, head: Array, targets: Array, weights: Array) -> tuple[Array, ...]:
-        def total(x: Array, head: Array) -> tuple[Array, tuple[Array, cross_entropy.Sums]]:
+    def with_gradients(x: Array, targets: Array, weights: Array, head: Head) -> tuple[Array, ...]:
+        def total(x: Array, head: Head) -> tuple[Array, tuple[Array, cross_entropy.Sums]]:
             value, parts = cross_entropy_sums(x, head, targets, weights, cfg, z_loss)
             return scale * value, (value, parts)
 
-        (dx, dhead), (value, parts) = jax.grad(total, (0, 1), has_aux=True)(x, head)
+        gradients, (value, parts) = jax.grad(total, (0, 1), has_aux=True)(x, head)
         without_gradient, _ = cross_entropy_sums(x, head, targets, weights, cfg, z_loss)
-        return value, *parts, dx / scale, dhead / scale, without_gradient
+        return value, *parts, *(g / scale for g in jax.tree.leaves(gradients)), without_gradient
 
     with jax.set_mesh(devices):
-        head = jax.device_put(head, NamedSharding(devices, P("tensor", None)))
-        placed = put(x, "BTD", devices), head, put(targets, "BT", devices), put(weights, "BT", devices)
-        *results, without_gradient = jax.device_get(jax.jit(with_gradients, compiler_options=QUICKLY)(*placed))
+        placed = put(x, "BTD", devices), put(targets, "BT", devices), put(weights, "BT", devices)
+        function = jax.jit(with_gradients, compiler_options=QUICKLY)
+        *results, without_gradient = jax.device_get(function(*placed, put_head(cfg, devices, *of_head)))
     np.testing.assert_allclose(without_gradient, results[0], rtol=1e-6)
     return results
+
+
+def put_head(cfg: ModelConfig, mesh: Mesh, head: np.ndarray, bias: np.ndarray) -> Head:
+    head_VD = jax.device_put(head, NamedSharding(mesh, P("tensor", None)))
+    return Head(head_VD, jax.device_put(bias, NamedSharding(mesh, P("tensor"))) if cfg.output_bias else None)
 
 
 def wrongness(cfg: ModelConfig, z_loss: float, mesh: dict[str, int], scale: float = 1.0) -> float:
@@ -111,18 +120,25 @@ def test_chunks_divide_the_tokens_and_hold_to_the_limit_where_a_divisor_does():
     assert cross_entropy._chunk_count(8, vocabulary, cfg.model_copy(update={"logit_chunk": 1})) == 8
 
 
-def scores(mesh: dict[str, int], x: np.ndarray, head: np.ndarray, targets: np.ndarray, cfg: ModelConfig):
+def scores(
+    mesh: dict[str, int],
+    x: np.ndarray,
+    head: np.ndarray,
+    targets: np.ndarray,
+    cfg: ModelConfig,
+    bias: np.ndarray | None = None,
+):
     devices = mesh_of(**mesh)
     with jax.set_mesh(devices):
-        head_VD = jax.device_put(head, NamedSharding(devices, P("tensor", None)))
+        placed = put_head(cfg, devices, head, np.zeros(len(head), np.float32) if bias is None else bias)
         function = jax.jit(lambda x, head, targets: token_scores(x, head, targets, cfg), compiler_options=QUICKLY)
-        return jax.device_get(function(put(x, "BTD", devices), head_VD, put(targets, "BT", devices)))
+        return jax.device_get(function(put(x, "BTD", devices), placed, put(targets, "BT", devices)))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_token_scores_add_up_to_the_sums(mesh):
-    x, head, targets, weights = inputs(CAPPED)
-    nll, correct = scores(MESHES[mesh], x, head, targets, CAPPED.model_copy(update={"logit_chunk": 16 * 64}))
+    x, targets, weights, head, bias = inputs(CAPPED)
+    nll, correct = scores(MESHES[mesh], x, head, targets, CAPPED.model_copy(update={"logit_chunk": 16 * 64}), bias)
     expected = naive(CAPPED, 0.0)
     np.testing.assert_allclose(np.sum(nll * weights), expected[1], rtol=2e-6)
     assert np.sum(correct * weights) == expected[3]
@@ -155,8 +171,9 @@ def test_logits_far_apart_stay_finite():
 
 
 def test_padding_of_the_vocabulary_gets_no_share_and_no_gradient():
-    results = fused(CFG, 0.1, {"tensor": 2, "data": 4})
-    assert not results[-1][CFG.vocab_size :].any()
+    results = fused(CAPPED, 0.1, {"tensor": 2, "data": 4})
+    for of_head in results[-2:]:
+        assert of_head[: CFG.vocab_size].any() and not of_head[CFG.vocab_size :].any()
 
 
 # Planted defects.
@@ -166,7 +183,7 @@ def padding_counts(monkeypatch):
     real = cross_entropy._local_logits
     unpadded = {"vocab_size": CFG.padded_vocab_size}
     monkeypatch.setattr(
-        cross_entropy, "_local_logits", lambda x, head, cfg: real(x, head, cfg.model_copy(update=unpadded))
+        cross_entropy, "_local_logits", lambda x, w, b, cfg: real(x, w, b, cfg.model_copy(update=unpadded))
     )
 
 
@@ -195,6 +212,16 @@ def gradient_of_x_not_summed(monkeypatch):
     monkeypatch.setattr(jax.lax, "psum", forgetful)
 
 
+def bias_of_the_own_tokens(monkeypatch):
+    """The bias's gradient misses other devices' tokens."""
+    psum = jax.lax.psum
+
+    def forgetful(x: Array, axes: str | tuple[str, ...]) -> Array:
+        return x._replace(head_VD=psum(x.head_VD, axes)) if isinstance(x, cross_entropy._DHead) else psum(x, axes)
+
+    monkeypatch.setattr(jax.lax, "psum", forgetful)
+
+
 def guess_of_the_own_part(monkeypatch):
     real = cross_entropy._vocabulary_sums
 
@@ -208,7 +235,14 @@ def guess_of_the_own_part(monkeypatch):
 
 @pytest.mark.parametrize(
     "plant",
-    [padding_counts, cap_without_slope, vocabulary_not_summed, gradient_of_x_not_summed, guess_of_the_own_part],
+    [
+        padding_counts,
+        cap_without_slope,
+        vocabulary_not_summed,
+        gradient_of_x_not_summed,
+        bias_of_the_own_tokens,
+        guess_of_the_own_part,
+    ],
 )
 def test_planted_defect_is_seen(plant, monkeypatch):
     plant(monkeypatch)

@@ -1,4 +1,4 @@
-"""The decoder against one written in NumPy float64 from the papers, and the properties that its parts are named for."""
+"""The decoder against one written in NumPy float64, and the properties that its parts are named for."""
 
 import math
 
@@ -11,11 +11,12 @@ from jax import Array
 
 from llm_jax.batch import documents, place
 from llm_jax.config import ConfigError
-from llm_jax.data.config import BOS_ID
-from llm_jax.model import layers, transformer, weights
+from llm_jax.model import layers, norms, transformer, weights
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.layers import angles, rms_norm, rotate
+from llm_jax.model.norms import Norm, inverse_rms
+from llm_jax.model.rope import angles, rotate
 from llm_jax.model.transformer import Transformer, abstract_model, logits, look_up
+from tests.reference import Reference
 from tests.small import CFG, QUICKLY, B, mesh_of, put, put_weights, ragged_rows, weights_of
 
 ROWS = ragged_rows(0)
@@ -38,56 +39,6 @@ def logits_of(cfg: ModelConfig, params: nnx.State, rows: np.ndarray, mesh: dict[
         return np.asarray(jax.jit(forward, compiler_options=QUICKLY)(*placed))
 
 
-class Reference:
-    """The same decoder in NumPy float64, a row and a layer at a time."""
-
-    def __init__(self, cfg: ModelConfig, params: nnx.State):
-        self.cfg = cfg
-        self.params = jax.tree.map(lambda x: np.asarray(x, np.float64), nnx.to_pure_dict(params))
-
-    def __call__(self, row: np.ndarray) -> np.ndarray:
-        cfg, p = self.cfg, self.params
-        starts = row == BOS_ID
-        segments = np.cumsum(starts)
-        positions = np.arange(len(row)) - np.maximum.accumulate(np.where(starts, np.arange(len(row)), 0))
-        x = p["embed"][row]
-        for i in range(cfg.n_layers):
-            layer = jax.tree.map(lambda w, i=i: w[i], p["layers"])
-            x = x + self.attend(self.norm(x, layer["attention_norm"]), layer["attention"], segments, positions)
-            x = x + self.mlp(self.norm(x, layer["mlp_norm"]), layer["mlp"])
-        table = p["embed"] if cfg.tied_embeddings else p["unembed"]
-        out = self.norm(x, p["norm"]) @ table[: cfg.vocab_size].T
-        return out if cfg.logit_soft_cap is None else cfg.logit_soft_cap * np.tanh(out / cfg.logit_soft_cap)
-
-    def norm(self, x: np.ndarray, scale: np.ndarray) -> np.ndarray:
-        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + self.cfg.norm_eps) * scale
-
-    def turn(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        half = self.cfg.d_head // 2
-        turns = np.exp(1j * positions[:, None] * self.cfg.rope_theta ** (-np.arange(half) / half))
-        z = (x[..., :half] + 1j * x[..., half:]) * turns[:, None]
-        return np.concatenate([z.real, z.imag], -1)
-
-    def attend(self, x: np.ndarray, p: dict, segments: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        q, k, v = (np.einsum("td,dhc->thc", x, p[name]) for name in "qkv")
-        if self.cfg.qk_norm:
-            q, k = self.norm(q, p["q_norm"]), self.norm(k, p["k_norm"])
-        q, k = self.turn(q, positions), self.turn(k, positions)
-        group = self.cfg.n_heads // self.cfg.n_kv_heads
-        k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)
-        scores = np.einsum("thc,shc->hts", q, k) / math.sqrt(self.cfg.d_head)
-        visible = (segments[:, None] == segments) & np.tri(len(x), dtype=bool)
-        shares = np.where(visible, np.exp(scores - scores.max(-1, keepdims=True, where=visible, initial=-np.inf)), 0)
-        return np.einsum("hts,shc,hcd->td", shares / shares.sum(-1, keepdims=True), v, p["o"])
-
-    def mlp(self, x: np.ndarray, p: dict) -> np.ndarray:
-        up = x @ p["up"]
-        if self.cfg.mlp == "swiglu":
-            gate = x @ p["gate"]
-            return (gate / (1 + np.exp(-gate)) * up) @ p["down"]
-        return (0.5 * up * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))) @ p["down"]
-
-
 def difference(cfg: ModelConfig, mesh: dict[str, int]) -> float:
     """The largest difference of logits of the order of one from the reference's."""
     params = weights_of(cfg)
@@ -104,7 +55,7 @@ def test_logits_are_the_references(cfg, mesh):
 
 
 def half_the_theta(monkeypatch):
-    monkeypatch.setattr(transformer, "angles", lambda p, cfg: angles(p, cfg.model_copy(update={"rope_theta": 5e3})))
+    monkeypatch.setattr(transformer, "angles", lambda p, theta, cfg: angles(p, theta / 2, cfg))
 
 
 def pairs_side_by_side(monkeypatch):
@@ -115,40 +66,14 @@ def pairs_side_by_side(monkeypatch):
     monkeypatch.setattr(layers, "rotate", rotate_neighbours)
 
 
-def no_scale_in_norms(monkeypatch):
-    def unscaled(x, scale, eps):
-        return rms_norm(x, jax.tree.map(jnp.ones_like, scale), eps)
-
-    monkeypatch.setattr(layers, "rms_norm", unscaled)
+def norms_of_sums(monkeypatch):
+    monkeypatch.setattr(norms, "inverse_rms", lambda x, *a: inverse_rms(x, *a) / math.sqrt(x.shape[-1]))
 
 
-@pytest.mark.parametrize("plant", [half_the_theta, pairs_side_by_side, no_scale_in_norms])
+@pytest.mark.parametrize("plant", [half_the_theta, pairs_side_by_side, norms_of_sums])
 def test_planted_defect_is_seen(plant, monkeypatch):
     plant(monkeypatch)
     assert difference(CFG, {}) > 1e-3
-
-
-# Rotary positions.
-
-
-def turned(x: np.ndarray, positions: np.ndarray, theta: float = 1e4) -> np.ndarray:
-    cfg = CFG.model_copy(update={"d_head": x.shape[-1], "rope_theta": theta})
-    with jax.set_mesh(mesh_of()):
-        return np.asarray(jax.jit(lambda x, p: rotate(x, angles(p, cfg)))(x[None, :, None], positions[None]))[0, :, 0]
-
-
-def test_rotation_keeps_lengths_and_products_depend_on_the_distance_alone():
-    rng = np.random.default_rng(0)
-    q, k = rng.normal(size=(2, 1, 16)).astype(np.float32)
-    near, far = np.arange(50), np.arange(50) + 900
-    turned_q = {first: turned(np.tile(q, (50, 1)), at) for first, at in ((0, near), (900, far))}
-    turned_k = {first: turned(np.tile(k, (50, 1)), at + 7) for first, at in ((0, near), (900, far))}
-    np.testing.assert_allclose(np.linalg.norm(turned_q[900], axis=1), np.linalg.norm(q), rtol=1e-5)
-    products = [np.sum(turned_q[first] * turned_k[first], axis=1) for first in (0, 900)]
-    np.testing.assert_allclose(products[0], products[0][0], atol=2e-4)
-    np.testing.assert_allclose(products[0], products[1], atol=2e-3)
-    np.testing.assert_array_equal(turned(q, np.array([0])), q)
-    assert abs(np.sum(turned(q, np.array([3])) * turned(k, np.array([5]))) - products[0][0]) > 0.1
 
 
 # Norms.
@@ -158,21 +83,24 @@ def test_qk_norm_makes_queries_and_keys_blind_to_their_size():
     params = weights_of(CFG)
     louder = jax.tree.map(np.copy, params)
     for name in "qk":
-        weight = louder["layers"]["attention"][name]
-        louder["layers"]["attention"][name] = weight.replace(weight.get_value() * 8)
+        weight = louder["layers"]["0+1"]["attention"][name]
+        louder["layers"]["0+1"]["attention"][name] = weight.replace(weight.get_value() * 8)
     normed = [logits_of(CFG, p, ROWS, {})[..., :250] for p in (params, louder)]
     np.testing.assert_allclose(normed[0], normed[1], atol=2e-4)
 
 
-def test_rms_norm_is_in_float32_and_returns_the_type_it_got():
-    x = np.random.default_rng(0).normal(size=(2, 3, 512)).astype(np.float32) * 100
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
+def test_a_norm_is_in_float32_and_returns_the_type_it_got(norm):
+    x = np.random.default_rng(0).normal(3, 1, (2, 3, 512)).astype(np.float32) * 100
+    cfg = CFG.model_copy(update={"d_model": 512, "norm": norm})
     with jax.set_mesh(mesh_of()):
-        scale = weights.scale_vector("D", CFG.model_copy(update={"d_model": 512}))
-        out = rms_norm(jnp.asarray(x, jnp.bfloat16), scale, 1e-6)
+        out = Norm(cfg)(jnp.asarray(x, jnp.bfloat16), cfg)
     assert out.dtype == jnp.bfloat16
     rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+    if norm == "layernorm":
+        rounded -= rounded.mean(-1, keepdims=True)
     expected = rounded / np.sqrt(np.mean(rounded**2, -1, keepdims=True))
-    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=2**-8)
+    np.testing.assert_allclose(np.asarray(out, np.float64), expected, rtol=2**-8, atol=1e-6)
 
 
 # Weights.
@@ -195,7 +123,7 @@ def test_init_has_the_declared_spread_and_residual_matrices_shrink_with_depth():
     with jax.set_mesh(mesh_of()):
         init = jax.jit(lambda key: nnx.split(Transformer(cfg, nnx.Rngs(params=key)))[1], compiler_options=QUICKLY)
         params = nnx.to_pure_dict(jax.device_get(init(jax.random.key(0))))
-    layer = params["layers"]
+    layer = params["layers"]["0+1"]
     shrunk = 1 / math.sqrt(2 * cfg.n_layers)
     expected = {
         "embed": (params["embed"], 64**-0.5),
@@ -210,7 +138,7 @@ def test_init_has_the_declared_spread_and_residual_matrices_shrink_with_depth():
     for name, (value, std) in expected.items():
         assert abs(value.mean()) < 4 * std / math.sqrt(value.size), name
         assert abs(value.std() / std - 1) < 4 / math.sqrt(2 * value.size), name
-    for vector in (layer["attention_norm"], layer["mlp_norm"], params["norm"]):
+    for vector in (layer["attention_norm"]["scale"], layer["mlp_norm"]["scale"], params["norm"]["scale"]):
         assert (vector == 1).all()
     # No two layers, and no two matrices of a shape, start alike.
     starts = {tuple(x.ravel()[:4]) for x in [*layer["mlp"]["gate"], *layer["mlp"]["up"], *layer["attention"]["v"]]}
@@ -245,7 +173,7 @@ def test_look_up_is_indexing_and_adds_up_the_gradients_of_a_row(mesh):
     tokens = rng.integers(0, 12, (B, 32)).astype(np.int32) * 23
 
     def both(table_VD: Array, tokens_BT: Array, cotangent_BTD: Array) -> tuple[Array, Array]:
-        x_BTD, pull_back = jax.vjp(lambda t: look_up(weights.Weight(t, letters="VD"), tokens_BT), table_VD)
+        x_BTD, pull_back = jax.vjp(lambda t: look_up(weights.Weight(t, letters="VD", decays=True), tokens_BT), table_VD)
         return x_BTD, pull_back(cotangent_BTD)[0]
 
     with jax.set_mesh(devices):

@@ -17,8 +17,10 @@ from jax.ad_checkpoint import print_saved_residuals
 
 from llm_jax.mesh import acts
 from llm_jax.model import layers
-from llm_jax.model.config import ModelConfig, TensorName
-from llm_jax.model.layers import Block, angles, rematerialised
+from llm_jax.model.config import LayerConfig, ModelConfig, TensorName
+from llm_jax.model.layers import Block, Rows, rematerialised
+from llm_jax.model.rope import angles
+from llm_jax.model.sight import Places
 from llm_jax.model.transformer import abstract_model
 from llm_jax.model.weights import project
 from llm_jax.objective import causal, loss
@@ -39,7 +41,7 @@ def gradient_function(cfg: ModelConfig):
     def gradient(params: nnx.State, rows_ABU: Array) -> tuple[nnx.State, Array]:
         batch_A = causal.make_batch(rows_ABU, False)
         weights = loss.weights(batch_A, cfg)
-        gradient, sums, _ = gradient_sums(params, {}, batch_A, weights, cfg, CausalConfig())
+        gradient, sums, _ = gradient_sums(params, nnx.State({}), batch_A, weights, cfg, CausalConfig())
         return gradient, sums["loss"] / weights["loss"]
 
     return gradient
@@ -75,15 +77,17 @@ def saved(remat: Any, mesh: dict[str, int]) -> list[str]:
     devices = mesh_of(**mesh)
     with jax.set_mesh(devices), contextlib.redirect_stdout(io.StringIO()) as told:
         key = jax.eval_shape(lambda: jax.random.key(0))
-        graph, params = jax.eval_shape(lambda key: nnx.split(Block(cfg, nnx.Rngs(params=key))), key)
+        graph, params = jax.eval_shape(lambda key: nnx.split(Block(cfg, LayerConfig(), nnx.Rngs(params=key))), key)
         sharding = jax.NamedSharding(devices, acts("BTD"))
         x_BTD = jax.ShapeDtypeStruct((B, U - 1, cfg.d_model), jnp.float32, sharding=sharding)
-        segments_BT = put(np.zeros((B, U - 1), np.int32), "BT", devices)
+        zeros_BT, zeros_BS = (put(np.zeros((B, U - 1), np.int32), letters, devices) for letters in ("BT", "BS"))
+        rows = Rows(Places(zeros_BT, zeros_BT), Places(zeros_BS, zeros_BS), zeros_BT == 0)
 
         def layer(x_BTD: Array, params: nnx.State) -> Array:
-            return nnx.merge(graph, params)(x_BTD, segments_BT, angles(segments_BT, cfg), cfg, causal=True)
+            by = angles(zeros_BT, cfg.rope_theta, cfg)
+            return nnx.merge(graph, params)(x_BTD, rows, by, cfg, LayerConfig(), causal=True)[0]
 
-        print_saved_residuals(rematerialised(layer, cfg), x_BTD, params)
+        print_saved_residuals(rematerialised(layer, cfg, in_scan=True), x_BTD, params)
     return [line for line in told.getvalue().splitlines() if "from the argument" not in line and "constant" not in line]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 Tree = dict[str, Any]
-STACKED = "layers"
+LAYERS = "layers"
 
 
 def to_tree(state: Any) -> Tree:
@@ -15,12 +15,12 @@ def to_tree(state: Any) -> Tree:
     tree: Tree = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
         keys = _keys(path)
-        if STACKED in keys:
-            at = keys.index(STACKED) + 1
-            for layer in range(leaf.shape[0]):
-                _put(tree, [*keys[:at], str(layer), *keys[at:]], leaf[layer])
-        else:
+        names = _names_of_layers(keys, leaf)
+        if names is None:
             _put(tree, keys, leaf)
+        else:
+            for i, name in enumerate(names):
+                _put(tree, name, leaf[i])
     return tree
 
 
@@ -29,13 +29,21 @@ def from_tree(tree: Tree, like: Any) -> Any:
 
     def leaf_of(path: tuple, leaf: Any) -> Array:
         keys = _keys(path)
-        if STACKED in keys:
-            at = keys.index(STACKED) + 1
-            layers = [_get(tree, [*keys[:at], str(layer), *keys[at:]]) for layer in range(leaf.shape[0])]
-            return jnp.stack(layers)
-        return _get(tree, keys)
+        names = _names_of_layers(keys, leaf)
+        return _get(tree, keys) if names is None else jnp.stack([_get(tree, name) for name in names])
 
     return jax.tree_util.tree_map_with_path(leaf_of, like)
+
+
+def _names_of_layers(keys: list[str], leaf: Any) -> list[list[str]] | None:
+    """The names of a leaf's layers, if it is stacked: in the place "1+3" they are layers 1, 4, 7, ..."""
+    if LAYERS not in keys:
+        return None
+    at = keys.index(LAYERS) + 1
+    first, plus, stride = keys[at].partition("+")
+    if not plus:
+        return None
+    return [[*keys[:at], str(int(first) + i * int(stride)), *keys[at + 1 :]] for i in range(leaf.shape[0])]
 
 
 def placed(abstract: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,25 +15,43 @@ from llm_jax.model.config import ModelConfig
 
 
 class Weight(nnx.Param):
-    """A parameter that knows its letters (`.letters`, without L: layers are stacked in front)."""
+    """A parameter that knows its letters (`.letters`, without L: layers are stacked in front) and whether it `.decays`.
+
+    What is drawn decays: matrices, and tables of embeddings too, as in BERT and GPT-2. What starts as ones or zeros
+    does not, since near zero is no better place for it: scales and biases, however many letters they have, and sinks.
+    """
 
 
 class Balance(nnx.Variable):
     """What a router adds to an expert's score when it chooses; moved by the step, never by the optimizer."""
 
 
-def matrix(letters: str, cfg: ModelConfig, rngs: nnx.Rngs, *, fan_in: str, scale: float = 1.0) -> Weight:
-    """A float32 matrix drawn from a normal of standard deviation scale / sqrt(product of the fan_in letters' sizes)."""
-    shape = tuple(cfg.dims[a] for a in letters)
-    std = scale / math.sqrt(math.prod(cfg.dims[a] for a in fan_in))
+def matrix(letters: str, dims: Mapping[str, int], rngs: nnx.Rngs, *, fan_in: str, scale: float = 1.0) -> Weight:
+    """A float32 matrix drawn from a normal of standard deviation scale / sqrt(product of the fan_in letters' sizes).
+
+    dims: the size of every letter.
+    """
+    shape = tuple(dims[a] for a in letters)
+    std = scale / math.sqrt(math.prod(dims[a] for a in fan_in))
     value = std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=weights(letters))
-    return Weight(value, letters=letters)
+    return Weight(value, letters=letters, decays=True)
 
 
-def scale_vector(letters: str, cfg: ModelConfig) -> Weight:
-    """A float32 vector of ones, replicated."""
-    shape = tuple(cfg.dims[a] for a in letters)
-    return Weight(jnp.ones(shape, jnp.float32, out_sharding=weights(letters)), letters=letters)
+def ones(letters: str, dims: Mapping[str, int]) -> Weight:
+    """A float32 weight of ones, for the scale of a norm."""
+    value = jnp.ones(tuple(dims[a] for a in letters), jnp.float32, out_sharding=weights(letters))
+    return Weight(value, letters=letters, decays=False)
+
+
+def zeros(letters: str, dims: Mapping[str, int]) -> Weight:
+    """A float32 weight of zeros, for a bias."""
+    value = jnp.zeros(tuple(dims[a] for a in letters), jnp.float32, out_sharding=weights(letters))
+    return Weight(value, letters=letters, decays=False)
+
+
+def residual_scale(cfg: ModelConfig) -> float:
+    """Two additions a layer: their sum keeps its variance at any depth (GPT-2, Radford et al. 2019)."""
+    return 1 / math.sqrt(2 * cfg.n_layers)
 
 
 def use(weight: Weight, cfg: ModelConfig) -> Array:
@@ -44,6 +63,14 @@ def use(weight: Weight, cfg: ModelConfig) -> Array:
     if cfg.gather_dtype == "compute":
         value = value.astype(cfg.compute_dtype)
     return jax.reshard(value, gathered(weight.letters))
+
+
+def plus(x: Array, bias: Weight | None) -> Array:
+    """x + bias along x's last axes, in x's type; x for None. The bias's gradient is added up in float32."""
+    if bias is None:
+        return x
+    whole = jnp.expand_dims(bias[...], tuple(range(x.ndim - len(bias.letters))))
+    return (x.astype(jnp.float32) + whole).astype(x.dtype)
 
 
 def project(equation: str, x: Array, weight: Array, out_sharding: P | None = None) -> Array:
@@ -92,5 +119,5 @@ _einsum_of_wider_weight.defvjp(_wider_forward, _wider_backward)
 
 
 def matrices(params: Any) -> Any:
-    """Of each weight of a tree, whether it is a matrix (two letters or more); the tree's weights replaced by bools."""
-    return jax.tree.map(lambda w: len(w.letters) > 1, params, is_leaf=lambda w: isinstance(w, Weight))
+    """Of each weight of a tree, whether it decays; the tree's weights replaced by bools."""
+    return jax.tree.map(lambda w: w.decays, params, is_leaf=lambda w: isinstance(w, Weight))

@@ -10,7 +10,7 @@ from jax import Array, P
 from llm_jax.alphabet import ACT_AXES
 from llm_jax.mesh import acts
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.transformer import soft_cap
+from llm_jax.model.transformer import Head, soft_cap
 
 _TOKEN_AXES = (*ACT_AXES["B"], "context")
 
@@ -24,99 +24,118 @@ class Sums(NamedTuple):
 
 
 def cross_entropy_sums(
-    x_BTD: Array, head_VD: Array, targets_BT: Array, weights_BT: Array, cfg: ModelConfig, z_loss: float
+    x_BTD: Array, head: Head, targets_BT: Array, weights_BT: Array, cfg: ModelConfig, z_loss: float
 ) -> tuple[Array, Sums]:
     """The sum over tokens of weight * (nll + z_loss * log_normaliser**2), and its parts without a gradient.
 
-    Loss and gradient are made together, chunk by chunk of tokens; the gradient flows to x_BTD and head_VD.
+    Loss and gradient are made together, chunk by chunk of tokens; the gradient flows to x_BTD and the head.
     """
-    return _fused(x_BTD, head_VD, targets_BT, weights_BT, cfg, z_loss)
+    if head.transform is not None:
+        x_BTD = head.transform(x_BTD, cfg)
+    return _fused(x_BTD, head.unembed_VD, head.bias_V, targets_BT, weights_BT, cfg, z_loss)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _fused(
-    x_BTD: Array, head_VD: Array, targets_BT: Array, weights_BT: Array, cfg: ModelConfig, z_loss: float
+    x_BTD: Array,
+    head_VD: Array,
+    bias_V: Array | None,
+    targets_BT: Array,
+    weights_BT: Array,
+    cfg: ModelConfig,
+    z_loss: float,
 ) -> tuple[Array, Sums]:
-    (total, sums), _ = _fused_forward(x_BTD, head_VD, targets_BT, weights_BT, cfg, z_loss, with_gradient=False)
+    arguments = (x_BTD, head_VD, bias_V, targets_BT, weights_BT)
+    (total, sums), _ = _fused_forward(*arguments, cfg, z_loss, with_gradient=False)
     return total, sums
+
+
+# The sum's gradients by x_BTD, head_VD and bias_V, each of its array's type.
+_Gradients = tuple[Array, Array, Array | None]
 
 
 def _fused_forward(
     x_BTD: Array,
     head_VD: Array,
+    bias_V: Array | None,
     targets_BT: Array,
     weights_BT: Array,
     cfg: ModelConfig,
     z_loss: float,
     with_gradient: bool = True,
-) -> tuple[tuple[Array, Sums], tuple[Array, Array] | None]:
+) -> tuple[tuple[Array, Sums], _Gradients | None]:
     """Inside the wall each device has its own tokens and its own part of the vocabulary."""
 
     def local(
-        x_BTD: Array, head_VD: Array, targets_BT: Array, weights_BT: Array
-    ) -> tuple[Array, tuple[Array, Array] | None]:
-        D = x_BTD.shape[-1]
+        x_BTD: Array, head_VD: Array, bias_V: Array | None, targets_BT: Array, weights_BT: Array
+    ) -> tuple[Array, _Gradients | None]:
         n = targets_BT.size
         chunks = _chunk_count(n, head_VD.shape[0], cfg)
-        x_QND = x_BTD.reshape(chunks, n // chunks, D)
+        x_QND = x_BTD.reshape(chunks, n // chunks, x_BTD.shape[-1])
         targets_QN, weights_QN = (a.reshape(chunks, n // chunks) for a in (targets_BT, weights_BT))
 
-        def one_chunk(dhead_VD: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        def one_chunk(dhead: _DHead, chunk: tuple[Array, Array, Array]) -> tuple[_DHead, tuple[Array, Array]]:
             x_ND, targets_N, weights_N = chunk
-            logits_NV, slope_NV = _local_logits(x_ND, head_VD, cfg)
+            logits_NV, slope_NV = _local_logits(x_ND, head_VD, bias_V, cfg)
             part = _vocabulary_sums(logits_NV, targets_N)
             values_N3 = jnp.stack([part.log_z_N - part.picked_N, jnp.square(part.log_z_N), part.correct_N], axis=1)
             sums = weights_N @ values_N3
             if not with_gradient:
-                return dhead_VD, (sums, jnp.zeros((), x_ND.dtype))
-            scale_N = weights_N * (1 + 2 * z_loss * part.log_z_N) / part.z_N
-            dlogits_NV = part.exp_NV * scale_N[:, None]
-            token_N = jnp.arange(targets_N.size)
-            dlogits_NV = dlogits_NV.at[token_N, part.target_N].add(jnp.where(part.mine_N, -weights_N, 0.0))
-            if cfg.logit_soft_cap is not None:
-                dlogits_NV *= slope_NV
+                return dhead, (sums, jnp.zeros((), x_ND.dtype))
+            dlogits_NV = _dlogits(part, slope_NV, weights_N, cfg, z_loss)
+            dbias_V = None if dhead.bias_V is None else dhead.bias_V + jnp.sum(dlogits_NV, axis=0)
             dlogits_NV = dlogits_NV.astype(x_ND.dtype)
             dx_ND = jax.lax.psum(dlogits_NV @ head_VD, "tensor")
-            dhead_VD += jnp.einsum("NV,ND->VD", dlogits_NV, x_ND, preferred_element_type=jnp.float32)
-            return dhead_VD, (sums, dx_ND)
+            dhead_VD = dhead.head_VD + jnp.einsum("NV,ND->VD", dlogits_NV, x_ND, preferred_element_type=jnp.float32)
+            return _DHead(dhead_VD, dbias_V), (sums, dx_ND)
 
-        zeros_VD = jnp.zeros(head_VD.shape, jnp.float32)
-        dhead_VD, (sums, dx_QND) = jax.lax.scan(one_chunk, zeros_VD, (x_QND, targets_QN, weights_QN))
+        nothing = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), _DHead(head_VD, bias_V))
+        dhead, (sums, dx_QND) = jax.lax.scan(one_chunk, nothing, (x_QND, targets_QN, weights_QN))
         sums = jax.lax.psum(jnp.sum(sums, axis=0), _TOKEN_AXES)
         if not with_gradient:
             return sums, None
-        dhead_VD = jax.lax.psum(dhead_VD, _TOKEN_AXES).astype(head_VD.dtype)
-        return sums, (dx_QND.reshape(x_BTD.shape), dhead_VD)
+        dhead = jax.lax.psum(dhead, _TOKEN_AXES)
+        return sums, (dx_QND.reshape(x_BTD.shape), dhead.head_VD.astype(head_VD.dtype), dhead.bias_V)
 
-    specs = (acts("BTD"), P("tensor", None), acts("BT"), acts("BT"))
-    out_specs = (P(), (acts("BTD"), P("tensor", None)) if with_gradient else None)
+    of_head = (P("tensor", None), P("tensor") if bias_V is not None else None)
+    specs = (acts("BTD"), *of_head, acts("BT"), acts("BT"))
+    out_specs = (P(), (acts("BTD"), *of_head) if with_gradient else None)
     wall = jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)
-    sums, gradients = wall(x_BTD, head_VD, targets_BT, weights_BT)
+    sums, gradients = wall(x_BTD, head_VD, bias_V, targets_BT, weights_BT)
     parts = Sums(sums[0], sums[1], sums[2])
     return (parts.nll + z_loss * parts.z_squared, parts), gradients
 
 
+class _DHead(NamedTuple):
+    """The head's gradient so far, float32."""
+
+    head_VD: Array
+    bias_V: Array | None
+
+
 def _fused_backward(
-    cfg: ModelConfig, z_loss: float, gradients: tuple[Array, Array], cotangents: tuple[Array, Sums]
-) -> tuple[Array, Array, None, None]:
-    dx_BTD, dhead_VD = gradients
+    cfg: ModelConfig, z_loss: float, gradients: _Gradients, cotangents: tuple[Array, Sums]
+) -> tuple[Array, Array, Array | None, None, None]:
     scale = cotangents[0]
-    return dx_BTD * scale.astype(dx_BTD.dtype), dhead_VD * scale.astype(dhead_VD.dtype), None, None
+    dx_BTD, dhead_VD, dbias_V = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
+    return dx_BTD, dhead_VD, dbias_V, None, None
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
-def token_scores(x_BTD: Array, head_VD: Array, targets_BT: Array, cfg: ModelConfig) -> tuple[Array, Array]:
+def token_scores(x_BTD: Array, head: Head, targets_BT: Array, cfg: ModelConfig) -> tuple[Array, Array]:
     """Nats of each target and whether it is the first guess, both float32 [B, T]; for evaluation."""
+    if head.transform is not None:
+        x_BTD = head.transform(x_BTD, cfg)
 
-    def local(x_BTD: Array, head_VD: Array, targets_BT: Array) -> tuple[Array, Array]:
+    def local(x_BTD: Array, head_VD: Array, bias_V: Array | None, targets_BT: Array) -> tuple[Array, Array]:
         n = targets_BT.size
         chunks = _chunk_count(n, head_VD.shape[0], cfg)
 
         def one_chunk(chunk: tuple[Array, Array]) -> tuple[Array, Array]:
             x_ND, targets_N = chunk
-            logits_NV, _ = _local_logits(x_ND, head_VD, cfg)
+            logits_NV, _ = _local_logits(x_ND, head_VD, bias_V, cfg)
             part = _vocabulary_sums(logits_NV, targets_N)
             return part.log_z_N - part.picked_N, part.correct_N
 
@@ -124,14 +143,25 @@ def token_scores(x_BTD: Array, head_VD: Array, targets_BT: Array, cfg: ModelConf
         nll_QN, correct_QN = jax.lax.map(one_chunk, chunked)
         return nll_QN.reshape(targets_BT.shape), correct_QN.reshape(targets_BT.shape)
 
-    specs = (acts("BTD"), P("tensor", None), acts("BT"))
+    specs = (acts("BTD"), P("tensor", None), P("tensor") if head.bias_V is not None else None, acts("BT"))
     wall = jax.shard_map(local, in_specs=specs, out_specs=(acts("BT"), acts("BT")), check_vma=False)
-    return wall(x_BTD, head_VD, targets_BT)
+    return wall(x_BTD, head.unembed_VD, head.bias_V, targets_BT)
 
 
-def _local_logits(x_ND: Array, head_VD: Array, cfg: ModelConfig) -> tuple[Array, Array]:
+def _dlogits(part: "_Part", slope_NV: Array, weights_N: Array, cfg: ModelConfig, z_loss: float) -> Array:
+    """The gradient of a chunk's sum by the logits before the soft cap, float32."""
+    scale_N = weights_N * (1 + 2 * z_loss * part.log_z_N) / part.z_N
+    dlogits_NV = part.exp_NV * scale_N[:, None]
+    token_N = jnp.arange(weights_N.size)
+    dlogits_NV = dlogits_NV.at[token_N, part.target_N].add(jnp.where(part.mine_N, -weights_N, 0.0))
+    return dlogits_NV if cfg.logit_soft_cap is None else dlogits_NV * slope_NV
+
+
+def _local_logits(x_ND: Array, head_VD: Array, bias_V: Array | None, cfg: ModelConfig) -> tuple[Array, Array]:
     """Float32 logits of this device's part of the vocabulary, padding masked, and their slope under the soft cap."""
     logits_NV = jnp.einsum("ND,VD->NV", x_ND, head_VD, preferred_element_type=jnp.float32)
+    if bias_V is not None:
+        logits_NV += bias_V[None]
     slope_NV = jnp.ones((1, 1), jnp.float32)
     if cfg.logit_soft_cap is not None:
         logits_NV = soft_cap(logits_NV, cfg.logit_soft_cap)
