@@ -24,7 +24,7 @@ class Batch:
     targets_BN: Array
     weights_BN: Array
     places_BN: Array | None = None
-    """The predicted positions; None: every one, N = T."""
+    """The predicted positions, in order; None: every one, N = T."""
 
 
 def documents(rows_BU: Array) -> tuple[Array, Array]:
@@ -40,6 +40,15 @@ def documents(rows_BU: Array) -> tuple[Array, Array]:
     return segments_BU, index_BU - first_BU
 
 
+def segments_and_positions(rows_ABU: Array, cross_documents: bool) -> tuple[Array, Array]:
+    """Those of the T = U - 1 tokens that a model reads, where it wants them; across documents a row is a single one."""
+    segments_ABU, positions_ABU = documents(rows_ABU)
+    if cross_documents:
+        segments_ABU = jnp.zeros_like(segments_ABU)
+        positions_ABU = jnp.zeros_like(positions_ABU) + jnp.arange(rows_ABU.shape[-1])[None, None]
+    return place(segments_ABU[..., :-1]), place(positions_ABU[..., :-1])
+
+
 def row_keys(key: Array, first: Array | int, A: int, B: int) -> Array:
     """A key for each row [A, B] of a batch: key folded with the row's number, first + a * B + b.
 
@@ -51,5 +60,5 @@ def row_keys(key: Array, first: Array | int, A: int, B: int) -> Array:
 
 
 def place(array_ABT: Array) -> Array:
-    """Puts [A, B, T] where the model wants it; only a local slice, since rows arrive whole on every context rank."""
+    """Puts [A, B, T] or [A, B, N] where the model wants it; only a local slice, since rows arrive whole everywhere."""
     return jax.reshard(array_ABT, acts("ABT"))

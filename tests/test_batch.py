@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax import batch
 from llm_jax.batch import Batch, documents
 from llm_jax.data.config import BOS_ID, PAD_ID
 from llm_jax.mesh import acts
@@ -28,7 +29,7 @@ def batch_of(rows: np.ndarray, mesh: dict[str, int], cross_documents: bool = Fal
 
 def wrong_entries(mesh: dict[str, int]) -> int:
     """How many numbers of a ragged batch differ from what a loop over its tokens says."""
-    batch = batch_of(ROWS, mesh)
+    made = batch_of(ROWS, mesh)
     wrong = 0
     for b, row in enumerate(ROWS):
         document, start = 0, 0
@@ -37,7 +38,7 @@ def wrong_entries(mesh: dict[str, int]) -> int:
                 document, start = document + 1, t
             weight = 0.0 if target in (BOS_ID, PAD_ID) else 1.0
             expected = (token, document, t - start, target, weight)
-            fields = (batch.tokens_BT, batch.segments_BT, batch.positions_BT, batch.targets_BN, batch.weights_BN)
+            fields = (made.tokens_BT, made.segments_BT, made.positions_BT, made.targets_BN, made.weights_BN)
             wrong += sum(field[0, b, t] != value for field, value in zip(fields, expected, strict=True))
     return int(wrong)
 
@@ -58,12 +59,17 @@ def one_segment(rows_BU):
 
 
 @pytest.mark.parametrize(
-    ("name", "defect"),
-    [("documents", positions_not_reset), ("documents", one_segment), ("BOS_ID", -1), ("PAD_ID", -1)],
+    ("module", "name", "defect"),
+    [
+        (batch, "documents", positions_not_reset),
+        (batch, "documents", one_segment),
+        (causal, "BOS_ID", -1),
+        (causal, "PAD_ID", -1),
+    ],
     ids=["positions not reset", "one segment", "loss on BOS", "loss on padding"],
 )
-def test_planted_defect_is_seen(name, defect, monkeypatch):
-    monkeypatch.setattr(causal, name, defect)
+def test_planted_defect_is_seen(module, name, defect, monkeypatch):
+    monkeypatch.setattr(module, name, defect)
     assert wrong_entries({}) > 0
 
 
@@ -157,6 +163,6 @@ def test_planted_sum_without_mixing_sees_neither_swapped_rows_nor_shifts(monkeyp
 def test_batch_is_sharded_by_its_letters():
     devices = mesh_of(context=2, fsdp=2, tensor=2)
     with jax.set_mesh(devices):
-        batch = jax.jit(lambda rows: causal.make_batch(rows, False))(put(ROWS[None], "ABU", devices))
-        for field in jax.tree.leaves(batch):
+        made = jax.jit(lambda rows: causal.make_batch(rows, False))(put(ROWS[None], "ABU", devices))
+        for field in jax.tree.leaves(made):
             assert field.sharding.is_equivalent_to(jax.NamedSharding(devices, acts("ABT")), 3)

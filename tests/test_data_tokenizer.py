@@ -144,3 +144,20 @@ def test_blank_text_cannot_train(library: list[str]) -> None:
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="surrogates not allowed"):
         tokenizer.encode("a\ud800b")
+
+
+def test_words_are_runs_of_letters_with_the_space_before_them(tokenizer: Tokenizer) -> None:
+    text = "def f(self, größe_2):\n\treturn  self.größe_2 + 1024;x\n"
+    ids = tokenizer.encode(text)
+    begins_N, follows_N = tokenizer.word_starts[ids].T
+    words = [b""]
+    for number, i in enumerate(ids.tolist()):
+        if number and (begins_N[number] or follows_N[number - 1]):
+            words.append(b"")
+        words[-1] += tokenizer.piece_texts[i]
+    told = [word.decode() for word in words]
+    assert "".join(told) == text
+    assert [word.strip() for word in told if word.strip("_ ").isalnum() or "_" in word] == [
+        *("def", "f", "self", "größe_2", "return", "self", "größe_2", "1024", "x")
+    ]
+    assert tokenizer.word_starts[list(tokenizer.control_ids)].all()

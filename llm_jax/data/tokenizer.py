@@ -70,8 +70,13 @@ class Tokenizer:
 
     @functools.cached_property
     def word_starts(self) -> np.ndarray:
-        """bool [V]: whether each id begins a word: its text begins with white space."""
-        return np.array([text[:1].isspace() for text in self.piece_texts])
+        """bool [V, 2]: whether a word begins with each id, and whether one begins after it, whatever stands there.
+
+        Letters, digits, _ and what is not ASCII make up words, with the space in front that their first piece may have;
+        every other piece is a word of its own, as it is in BERT's whole-word masking.
+        """
+        letters = [[len(text) > 0 and _in_a_word(text[at]) for at in (0, -1)] for text in self.piece_texts]
+        return ~np.array(letters)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -185,6 +190,10 @@ def _chunks(text: str, kind: str) -> list[str]:
         chunks.append(text[start : border.end()])
         start = border.end()
     return [*chunks, text[start:]]
+
+
+def _in_a_word(byte: int) -> bool:
+    return byte >= 128 or byte == ord("_") or chr(byte).isalnum()
 
 
 def _bytes_of(processor: sentencepiece.SentencePieceProcessor, i: int) -> bytes:

@@ -23,7 +23,7 @@ def make_batch(
 ) -> Batch:
     """Rows of U = T + 1 tokens as what the model reads and is asked.
 
-    keys_AB: a key a row, from which everything random is drawn; word_starts_V: whether a piece begins a word.
+    keys_AB: a key a row, from which everything random is drawn; word_starts_V: Tokenizer.word_starts.
     """
     match objective:
         case CausalConfig():
@@ -78,13 +78,14 @@ def routing_sums(routing: dict[str, Routing]) -> Sums:
 
 
 def at_places(x_BTD: Array, places_BN: Array) -> Array:
-    """The hidden states x_BND at the predicted positions, N sharded over context.
+    """The hidden states x_BND at the predicted places, N sharded over context."""
 
-    Rows come together over context here, on this line, since any position may be predicted.
-    """
-    whole_BTD, places_BN = jax.reshard((x_BTD, places_BN), (acts("B.D"), acts("B.")))
-    x_BND = jnp.take_along_axis(whole_BTD, places_BN[..., None], axis=1)
-    return jax.reshard(x_BND, acts("BND"))
+    def local(x_BSD: Array, places_BN: Array) -> Array:
+        return jax.vmap(lambda x_SD, places_N: x_SD.at[places_N].get(mode="clip"))(x_BSD, places_BN)
+
+    # Any place may be predicted: here rows come together over context, and their gradients are added up over it.
+    x_BSD = jax.reshard(x_BTD, acts("BSD"))
+    return jax.shard_map(local, in_specs=(acts("BSD"), acts("BN")), out_specs=acts("BND"))(x_BSD, places_BN)
 
 
 def top_k(cfg: ModelConfig) -> int:
