@@ -1,6 +1,9 @@
 """What happens between an MLP's matrices, in dense layers and in experts."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from llm_jax.model.config import ModelConfig
@@ -18,8 +21,26 @@ def activate(cfg: ModelConfig, gate: Array | None, up: Array) -> Array:
             return jax.nn.silu(gate) * up
         case "geglu":
             assert gate is not None
-            return jax.nn.gelu(gate, approximate=False) * up
+            return _gelu(gate) * up
         case "gelu":
-            return jax.nn.gelu(up, approximate=False)
+            return _gelu(up)
         case "gelu_tanh":
             return jax.nn.gelu(up, approximate=True)
+
+
+@jax.custom_vjp
+def _gelu(x: Array) -> Array:
+    """The exact GELU. Its gradient is written out, because JAX 0.12 cannot differentiate erf inside a shard_map."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_forward(x: Array) -> tuple[Array, Array]:
+    return _gelu(x), x
+
+
+def _gelu_backward(x: Array, dy: Array) -> tuple[Array]:
+    slope = 0.5 * jax.lax.erfc(-x * math.sqrt(0.5)) + x * jnp.exp(-0.5 * jnp.square(x)) / math.sqrt(2 * math.pi)
+    return (dy * slope,)
+
+
+_gelu.defvjp(_gelu_forward, _gelu_backward)
