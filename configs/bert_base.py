@@ -10,7 +10,7 @@ Mesh: data alone, for 8 devices or any number that divides 256 rows; every devic
 The paper's: architecture, masking, batch, learning rate and schedule, 1 million updates. Not the paper's: the
 tokenizer, a sentencepiece BPE of the same size that keeps upper case; no next-sentence prediction, so all tokens have
 the first token type; no dropout; rows of 512 from the start, where the paper has 128 for the first 90% of updates.
-Expect a loss from ln(30522) = 10.3 that stands near 7 for some thousand updates, and then falls below 2.
+Expect a loss from ln(30522) = 10.3 that, as with other BERTs, stands near 7 for a while before it falls below 2.
 """
 
 from llm_jax.data.config import DataConfig, FilesSource, TokenizerConfig

@@ -3,7 +3,7 @@
     llm-jax train configs/deepseek_v3_experts.py
 
 674,836,083,712 parameters, 41,361,961,984 of them for each token; the vocabulary needs no padding. DeepSeek-V3 has
-671 billion and 37 billion: 653,908,770,816 (97.4%) are the routed experts, exactly these, and the rest differs by the
+671 billion and 37 billion: 653,908,770,816 (97%) are the routed experts, exactly these, and the rest differs by the
 attention, which is latent there, and by what is left out: multi-token prediction, and the limit on how many nodes a
 token's experts may be spread over.
 Put your own texts below texts/, or say data.source.paths=...

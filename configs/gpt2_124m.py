@@ -8,7 +8,7 @@ Put your own texts (English web text for what GPT-2 is) below texts/, or say dat
 Mesh: data alone, for 8 devices or any number that divides 128 rows; every device holds the whole model.
 Batch, learning rate, warm-up, decay and 300 billion tokens are GPT-3's for 125M (Brown et al. 2020, table 2.1), since
 GPT-2's were not published. Not GPT-2's: the tokenizer, a sentencepiece BPE of the same size; no dropout.
-Expect a loss from ln(50257) = 10.8 down to near 3 nats a token on web text.
+Expect a loss from ln(50257) = 10.8 down to about 3 nats a token on web text.
 """
 
 from llm_jax.data.config import DataConfig, FilesSource, TokenizerConfig

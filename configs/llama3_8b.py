@@ -5,10 +5,10 @@
 8,030,261,248 parameters, as published; the vocabulary needs no padding.
 Put your own texts below texts/, or say data.source.paths=...
 
-Mesh: fsdp over the 8 devices of a node and data over the nodes, written for 128 devices (data 16) of 80 GB;
-on one node of 8 add train.accumulation=64, for one row on a device at a time as here.
-The paper's: the peak learning rate (its table 3), 8192 tokens a row and 15 trillion in all. It gives the warm-up and the
-decay to 1% for 405B alone, taken over here, and no batch for 8B: 4 million tokens are what 405B began with.
+Mesh: fsdp over the 8 devices of a node and data over the nodes, written for 128 devices (data 16) of 80 GB, one row on
+each at a time; on one node of 8 add train.accumulation=64 eval.batch_rows=8.
+The paper's: the peak learning rate (its table 3), 8192 tokens a row and 15 trillion in all. It gives the warm-up and
+the decay to 1% for 405B alone, taken over here, and no batch for 8B: 4 million tokens are what 405B began with.
 Expect a loss from ln(128256) = 11.8 down, most of the way within the first thousand updates.
 """
 

@@ -2,16 +2,16 @@
 
     llm-jax train configs/modernbert_base.py
 
-149,655,232 parameters, those of the published masked-language model; the vocabulary is 128 times 393.5 rows, and
-149,704,448 are with the last half row's worth of padding.
+149,655,232 parameters, those of the published masked-language model (its output bias is one of the few biases there
+are); 149,704,448 with the vocabulary's rows padded to a multiple of 128.
 Put your own texts below texts/, or say data.source.paths=...
 
-Mesh: data alone, for 8 devices or any number that divides 384 rows; every device holds the whole model.
+Mesh: data alone, for 8 devices or any number that divides 128 rows; every device holds the whole model.
 The published settings of the first 1.7 trillion tokens: batch, learning rate, warm-up, weight decay, 1024 tokens a row
 (the decay there is a share of the weight, here of weight times learning rate: 1e-5 / 8e-4). Not published so: AdamW for
 StableAdamW; a batch that is full from the start; a last decay over 50 billion tokens, which comes there after the rows
 have grown to 8192; the global layers' theta of that time from the start, where it was 10000 so far.
-Expect a loss from ln(50368) = 10.8 that stands near 7 for some hundred updates, and then falls below 2.
+Expect a loss from ln(50368) = 10.8 that, as with other BERTs, stands near 7 for a while before it falls below 2.
 """
 
 from llm_jax.data.config import DataConfig, FilesSource, TokenizerConfig
@@ -64,7 +64,7 @@ def config() -> Run:
             final_lr_share=0.0,
         ),
         mesh=MeshConfig(data=-1),
-        train=TrainConfig(steps=364_000, batch_rows=4608, accumulation=12),
+        train=TrainConfig(steps=364_000, batch_rows=4608, accumulation=36),
         checkpoint=CheckpointConfig(every=2000),
         eval=EvalConfig(every=2000, rows=1024, batch_rows=128),
     )

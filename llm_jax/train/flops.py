@@ -130,7 +130,7 @@ def _parameters(cfg: ModelConfig, experts: int, padded: bool) -> int:
     total = tables * cfg.d_model + norms * _norm(cfg) + (rows if cfg.output_bias else 0)
     if cfg.head_transform:
         total += cfg.d_model * (cfg.d_model + (cfg.bias == "all"))
-    return total + sum(_matrices(cfg, layer, experts) + _vectors(cfg, layer, experts) for layer in cfg.layers)
+    return total + sum(_matrices(cfg, layer, experts) + _vectors(cfg, layer) for layer in cfg.layers)
 
 
 def _matrices(cfg: ModelConfig, layer: LayerConfig, experts: int) -> int:
@@ -144,7 +144,7 @@ def _matrices(cfg: ModelConfig, layer: LayerConfig, experts: int) -> int:
     return attention + router + of_mlp * (experts * cfg.moe.d_ff + cfg.moe.shared_d_ff)
 
 
-def _vectors(cfg: ModelConfig, layer: LayerConfig, experts: int) -> int:
+def _vectors(cfg: ModelConfig, layer: LayerConfig) -> int:
     """A layer's norms, biases and sinks."""
     H, K, C, D = cfg.n_heads, cfg.n_kv_heads, cfg.d_head, cfg.d_model
     before = layer.attention_norm + 1 if cfg.norm_place != "post" else 0
@@ -157,18 +157,9 @@ def _vectors(cfg: ModelConfig, layer: LayerConfig, experts: int) -> int:
     if cfg.bias != "none":
         total += (H + 2 * K) * C
     if cfg.bias == "all":
-        total += D + _mlp_biases(cfg, layer, experts)
+        # Experts have none.
+        total += D + (0 if layer.moe else (2 if cfg.gated else 1) * cfg.d_ff + D)
     return total
-
-
-def _mlp_biases(cfg: ModelConfig, layer: LayerConfig, experts: int) -> int:
-    def of(d_ff: int) -> int:
-        return (2 if cfg.gated else 1) * d_ff + cfg.d_model
-
-    if not layer.moe:
-        return of(cfg.d_ff)
-    assert cfg.moe is not None
-    return experts * of(cfg.moe.d_ff) + (of(cfg.moe.shared_d_ff) if cfg.moe.shared_d_ff else 0)
 
 
 def _norm(cfg: ModelConfig) -> int:
