@@ -20,7 +20,10 @@ TINY = 1e-20
 
 
 class Routing(NamedTuple):
-    """What the routers of layers that share a place did, L layers stacked in front; tokens are those of documents."""
+    """What the routers of layers that share a place did, L layers stacked in front; tokens are those of documents.
+
+    A layer makes its own without L, and whoever runs the layers stacks and adds up.
+    """
 
     load_LE: Array
     """Tokens that chose each expert, int32."""
@@ -77,7 +80,7 @@ class Moe(nnx.Module):
             self.shared = SharedMlp(cfg, rngs)
 
     def __call__(self, x_BTD: Array, real_BT: Array, cfg: ModelConfig) -> tuple[Array, Routing]:
-        """The part that this adds to the residual stream, and what the router did, L = 1.
+        """The part that this adds to the residual stream, and what the router did, without L.
 
         x_BTD normed, in the compute type; real_BT: tokens that are no padding.
         """
@@ -171,12 +174,12 @@ def routing(logits_BTE: Array, scores_BTE: Array, experts_BTX: Array, real_BT: A
     z_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
     entropy_BT = -jnp.sum(jax.scipy.special.xlogy(shares_BTE, shares_BTE), axis=-1)
     return Routing(
-        load_LE=jnp.sum(load_BE, axis=0)[None],
+        load_LE=jnp.sum(load_BE, axis=0),
         load_balance=load_balance,
         router_z=jnp.sum(jnp.where(real_BT, jnp.square(z_BT), 0)),
         entropy=jax.lax.stop_gradient(jnp.sum(jnp.where(real_BT, entropy_BT, 0))),
         dropped=dropped,
-        experts_LBTX=experts_BTX[None],
+        experts_LBTX=experts_BTX,
     )
 
 
