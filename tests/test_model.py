@@ -12,7 +12,7 @@ from jax import Array
 from llm_jax.batch import documents, place
 from llm_jax.config import ConfigError
 from llm_jax.model import layers, norms, transformer, weights
-from llm_jax.model.config import ModelConfig
+from llm_jax.model.config import LayerConfig, Llama3Scaling, ModelConfig, YarnScaling
 from llm_jax.model.norms import Norm, inverse_rms
 from llm_jax.model.rope import angles, rotate
 from llm_jax.model.transformer import Transformer, abstract_model, logits, look_up
@@ -212,6 +212,15 @@ def test_unrolled_layers_are_the_same_layers(unroll):
         ({"n_heads": 4, "n_kv_heads": 3}, "model.n_heads = 4 is not divisible by model.n_kv_heads = 3"),
         ({"d_head": 5}, "model.d_head = 5 is odd; rotary positions need an even number of channels"),
         ({"n_layers": 3, "unroll": 2}, "model.n_layers = 3 is not divisible by model.unroll = 2"),
+        (
+            {"norm_place": "post", "leading": (LayerConfig(attention_norm=False),)},
+            "model.norm_place = 'post' has no norms before attention; leave attention_norm out",
+        ),
+        (
+            {"rope_scaling": YarnScaling(factor=2, original_length=8, fast=1)},
+            "model.rope_scaling.fast = 1 must be more than slow = 1",
+        ),
+        ({"rope_scaling": Llama3Scaling(low=8)}, "model.rope_scaling.high = 4 must be more than low = 8"),
     ],
 )
 def test_fields_that_contradict_each_other_are_told(fields, told):

@@ -154,6 +154,15 @@ def test_the_backward_pass_computes_again_what_was_not_saved():
     assert extra == {"none": 0, "dots": 2, "full": 8, "('mlp_up',)": 7}
 
 
+def test_layers_outside_of_the_scan_are_computed_again_too_behind_a_barrier():
+    """One lone layer and two in a period: XLA would find out of a scan that both passes compute the same."""
+    cfg = with_policy("full", n_layers=3, leading=(LayerConfig(),), period=(LayerConfig(),) * 2)
+    extra = counts(cfg)["dot_general"] - counts(cfg.model_copy(update={"remat": "none"}))["dot_general"]
+    assert extra == 3 * 8
+    barriers = [equation.params["prevent_cse"] for equation in program(cfg) if "prevent_cse" in equation.params]
+    assert barriers.count(True) == 1 and barriers.count(False) == 2
+
+
 def test_weights_are_gathered_again_in_the_backward_pass_unless_all_is_saved():
     gathers = {remat: counts(with_policy(remat))["reshard"] for remat in ("none", "dots", "full")}
     assert gathers["dots"] == gathers["full"] >= gathers["none"] + 6

@@ -294,6 +294,15 @@ class ModelConfig(Config):
             raise ConfigError(
                 "model.learned_positions takes the place of rotary positions: no rope_theta, rope_scaling"
             )
+        if self.norm_place == "post" and not all(layer.attention_norm for layer in self.layers):
+            raise ConfigError("model.norm_place = 'post' has no norms before attention; leave attention_norm out")
+        match self.rope_scaling:
+            case YarnScaling(slow=seldom, fast=often) if often <= seldom:
+                raise ConfigError(f"model.rope_scaling.fast = {often:g} must be more than slow = {seldom:g}")
+            case Llama3Scaling(low=seldom, high=often) if often <= seldom:
+                raise ConfigError(f"model.rope_scaling.high = {often:g} must be more than low = {seldom:g}")
+            case _:
+                pass
 
     def _check_moe(self, moe: MoeConfig) -> None:
         if not self.n_moe_layers:

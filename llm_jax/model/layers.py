@@ -12,7 +12,7 @@ from llm_jax.mesh import acts
 from llm_jax.model.activation import activate
 from llm_jax.model.attention import attention
 from llm_jax.model.config import LayerConfig, ModelConfig
-from llm_jax.model.moe import Routing
+from llm_jax.model.moe import Moe, Routing
 from llm_jax.model.norms import Norm, rms_norm
 from llm_jax.model.rope import Angles, rotate
 from llm_jax.model.sight import Places, Sight
@@ -131,8 +131,6 @@ class Block(nnx.Module):
         self.attention_out_norm = Norm(cfg) if after else None
         self.mlp_norm = Norm(cfg) if before else None
         if layer.moe:
-            from llm_jax.model.moe import Moe
-
             self.moe = Moe(cfg, rngs)
         else:
             self.mlp = Mlp(cfg, rngs)
