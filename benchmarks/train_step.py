@@ -15,7 +15,7 @@ import numpy as np  # noqa: E402
 
 from llm_jax.data.config import BOS_ID, SPECIAL_PIECES, DataConfig  # noqa: E402
 from llm_jax.mesh import acts, make_mesh  # noqa: E402
-from llm_jax.model.attention import resolve  # noqa: E402
+from llm_jax.model.backends import resolve  # noqa: E402
 from llm_jax.model.config import ModelConfig  # noqa: E402
 from llm_jax.objective.config import CausalConfig  # noqa: E402
 from llm_jax.optim.config import AdamWConfig  # noqa: E402
@@ -54,10 +54,10 @@ def measure(name: str, steps: int) -> dict[str, object]:
     run = WORKLOADS[name]
     mesh = make_mesh(mesh_sizes(run.mesh, jax.device_count()))
     device = mesh.devices.flat[0]
-    run = run.model_copy(update={"model": resolve(run.model, device.platform)})
+    run = run.model_copy(update={"model": resolve(run.model, device.platform, mesh.shape["expert"])})
     with jax.set_mesh(mesh):
         # Which pieces begin a word matters to whole-word masking alone.
-        word_starts_V = np.zeros(run.model.vocab_size, bool)
+        word_starts_V = np.zeros((run.model.vocab_size, 2), bool)
         begun = time.perf_counter()
         step = compile_step(run, abstract_state(run.model, run.optim), mesh, word_starts_V, report=lambda line: None)
         compile_s = time.perf_counter() - begun

@@ -14,7 +14,7 @@ from llm_jax.data.config import BOS_ID, PAD_ID
 from llm_jax.mesh import acts, make_mesh
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.paths import placed
-from llm_jax.model.transformer import Transformer, abstract_model
+from llm_jax.model.transformer import Transformer, abstract_model, split
 
 # Everything that has a number of its own is on; heads and widths are divisible by a tensor axis of 4.
 CFG = ModelConfig(
@@ -31,7 +31,7 @@ CFG = ModelConfig(
 )
 B, U = 8, 33
 # What make_step wants to know beside config, objective, optimizer and steps.
-SETTINGS: dict[str, Any] = {"cross_documents": False, "seed": 0, "word_starts_V": np.arange(250) % 3 == 0}
+SETTINGS: dict[str, Any] = {"cross_documents": False, "seed": 0, "word_starts_V": np.arange(500).reshape(250, 2) % 3 == 0}
 
 # Half the compile time, or a quarter where XLA still has its older emitters: the same program to the partitioner, and
 # code that rounds elsewhere. For programs that are held against others compiled this way, not for times.
@@ -55,7 +55,7 @@ def weights_of(cfg: ModelConfig, seed: int = 0) -> nnx.State:
 def _weights_of(json: str, seed: int) -> nnx.State:
     cfg = ModelConfig.model_validate_json(json)
     with jax.set_mesh(mesh_of()):
-        init = jax.jit(lambda key: nnx.split(Transformer(cfg, nnx.Rngs(params=key)))[1], compiler_options=QUICKLY)
+        init = jax.jit(lambda key: split(Transformer(cfg, nnx.Rngs(params=key))).params, compiler_options=QUICKLY)
         params = jax.device_get(init(jax.random.key(seed)))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: x if np.ptp(x) else x + rng.normal(0, 0.2, x.shape).astype(np.float32), params)

@@ -10,6 +10,7 @@ import jax
 from llm_jax import config, exit_codes
 from llm_jax.data.loader import open_rows
 from llm_jax.eval.validation import Validate, make_validation
+from llm_jax.model import backends
 from llm_jax.model.paths import to_tree
 from llm_jax.model.transformer import Weights
 from llm_jax.processes import settle
@@ -106,8 +107,8 @@ def write_run(session: Session) -> None:
     run = session.run
     Path(run.run_dir, "config.json").write_text(config.to_json(run) + "\n", encoding="utf-8")
     Path(run.run_dir, "tokenizer.model").write_bytes(session.prepared.tokenizer.model)
-    backends = {"attention": run.model.attention, "compute_dtype": run.model.compute_dtype}
-    environment.record(run.run_dir, session.done, {"backends": backends, "mesh": dict(session.mesh.shape)})
+    choices = backends.told(run.model)
+    environment.record(run.run_dir, session.done, {"backends": choices, "mesh": dict(session.mesh.shape)})
 
 
 def describe(session: Session, report: Report) -> None:
@@ -119,9 +120,8 @@ def describe(session: Session, report: Report) -> None:
         f"model: {short(parameters(run.model))} parameters, {run.model.n_layers} layers of width {run.model.d_model}"
     )
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
-    report(
-        f"mesh: {axes} ({mesh.size} {device.device_kind}); attention {run.model.attention}, {run.model.compute_dtype}"
-    )
+    choices = ", ".join(f"{name.replace('_', ' ')} {choice}" for name, choice in backends.told(run.model).items())
+    report(f"mesh: {axes} ({mesh.size} {device.device_kind}); {choices}")
     report(f"training: {run.train.steps} steps of {run.tokens_per_step} tokens, {epochs:.2f} times through the text")
     peak = peak_flops(device.device_kind, run.model.compute_dtype)
     told = (

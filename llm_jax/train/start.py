@@ -19,7 +19,7 @@ from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import ConfigError
 from llm_jax.data.prepare import Prepared, open_prepared, prepare
 from llm_jax.mesh import acts, make_mesh
-from llm_jax.model.attention import resolve
+from llm_jax.model.backends import resolve
 from llm_jax.model.paths import from_tree, placed, to_tree
 from llm_jax.model.transformer import abstract_model
 from llm_jax.processes import settle
@@ -29,6 +29,9 @@ from llm_jax.train.state import TrainState, abstract_state, init_state, with_wei
 from llm_jax.train.step import Metrics, make_step
 
 FORMAT = 1
+
+# What depends on platform and mesh is settled anew at every start.
+PLATFORM = ("model.attention", "model.logit_chunk", "model.moe.exchange", "model.moe.grouped_matmul")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ def begin(
     Raises Refused where a checkpoint was made by another config (unless allowed), weights or tokenizer.
     """
     platform = mesh.devices.flat[0].platform
-    run = run.model_copy(update={"model": resolve(run.model, platform)})
+    run = run.model_copy(update={"model": resolve(run.model, platform, mesh.shape["expert"])})
     checkpoints = Checkpoints(Path(run.run_dir, "checkpoints"), keep=run.checkpoint.keep)
     abstract = abstract_state(run.model, run.optim)
     newest = checkpoints.newest_intact()
@@ -197,7 +200,4 @@ def _lines(old: dict[str, Any], run: Run) -> str:
 
 
 def _is_free(path: str) -> bool:
-    # What depends on the platform is settled anew on every machine.
-    return path in ("model.attention", "model.logit_chunk") or any(
-        path == free or path.startswith(f"{free}.") for free in FREE_TO_CHANGE
-    )
+    return path in PLATFORM or any(path == free or path.startswith(f"{free}.") for free in FREE_TO_CHANGE)

@@ -51,7 +51,7 @@ def make_step(
 ) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
     """The function (state, rows_ABU) -> (state, metrics), to be jitted under the mesh it is called for.
 
-    rows_ABU: int32 rows of U = T + 1 tokens; word_starts_V: whether a piece begins a word. Metrics are replicated
+    rows_ABU: int32 rows of U = T + 1 tokens; word_starts_V: Tokenizer.word_starts. Metrics are replicated
     scalars: loss (nats a token), accuracy, z_loss, grad_norm (before clipping), lr, tokens (weighted), batch_hash
     (uint32), finite (bool) and skipped (so far); with experts those of `health` too.
     A non-finite loss or gradient leaves weights, balance and optimizer as they were.
