@@ -16,11 +16,15 @@ from llm_jax.eval.figures import Figures
 from llm_jax.eval.scorer import make_score
 from llm_jax.eval.validation import make_validation
 from llm_jax.eval.windows import Rows as Asked
-from llm_jax.objective.config import CausalConfig
+from llm_jax.model.backends import resolve
+from llm_jax.model.config import LayerConfig, MoeConfig
+from llm_jax.objective.config import CausalConfig, MlmConfig
 from tests.small import CFG, U, mesh_of, put_weights, ragged_rows, weights_of
 
 # No control id stands for text; here they do, so that counting one shows.
 PIECE_BYTES = (1 + np.arange(CFG.vocab_size) % 7).astype(np.int32)
+WORD_STARTS = np.stack([np.arange(CFG.vocab_size) % 3 == 0, np.arange(CFG.vocab_size) % 5 == 0], axis=1)
+OBJECTIVE = CausalConfig(z_loss=1e-3)
 ROWS_NU = np.concatenate([ragged_rows(0), ragged_rows(1)[:5]])
 
 
@@ -37,26 +41,27 @@ class Records:
         return [self.rows_NU[n].astype(np.uint16).tobytes() for n in numbers]
 
 
-def validation(mesh, *, rows=64, batch_rows=8, cross_documents=False):
+def validation(mesh, *, rows=64, batch_rows=8, cross_documents=False, objective=OBJECTIVE, seed=0, cfg=CFG):
     """(the function, weights to call it with); the mesh must be set."""
     stored = Rows(Records(ROWS_NU), U, np.dtype(np.uint16), None)
     config = EvalConfig(rows=rows, batch_rows=batch_rows)
+    cfg = resolve(cfg, "cpu", 1)
     validate = make_validation(
-        CFG,
-        CausalConfig(z_loss=1e-3),
+        cfg,
+        objective,
         config,
         stored,
         PIECE_BYTES,
-        PIECE_BYTES > 1,
-        seed=0,
+        WORD_STARTS,
+        seed=seed,
         cross_documents=cross_documents,
     )
-    return validate, (put_weights(weights_of(CFG), CFG, mesh), {})
+    return validate, (put_weights(weights_of(cfg), cfg, mesh), nnx.State({}))
 
 
-def look(mesh, **sizes) -> Figures:
+def look(mesh, **wanted) -> Figures:
     with jax.set_mesh(mesh):
-        validate, params = validation(mesh, **sizes)
+        validate, params = validation(mesh, **wanted)
         figures = validate(params, lambda: False)
     assert figures is not None
     return figures
@@ -128,3 +133,21 @@ def test_it_is_compiled_once(caplog):
         validate(params, lambda: False)
         validate(params, lambda: False)
     assert sum("Compiling jit(sums)" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_masks_follow_from_seed_and_row_whatever_the_batch_and_the_mesh():
+    objective = MlmConfig(unit="word", rate=0.3)
+    whole = look(mesh_of(), rows=13, objective=objective)
+    assert whole["bits_per_byte"] is None and whole["loss"] is not None and whole["perplexity"] is not None
+    close = {"loss": pytest.approx(whole["loss"], rel=1e-6), "perplexity": pytest.approx(whole["perplexity"], rel=1e-5)}
+    assert look(mesh_of(), rows=13, batch_rows=1, objective=objective) == whole | close
+    assert look(mesh_of(context=2, fsdp=2, tensor=2), rows=13, batch_rows=4, objective=objective) == whole | close
+    other = look(mesh_of(), rows=13, objective=objective, seed=1)
+    assert other["bytes"] != whole["bytes"] and other["loss"] != whole["loss"]
+
+
+def test_experts_drop_nothing():
+    moe = MoeConfig(experts=4, top_k=2, d_ff=8)
+    free = CFG.model_copy(update={"period": (LayerConfig(moe=True),), "moe": moe})
+    tight = free.model_copy(update={"moe": moe.model_copy(update={"capacity_factor": 0.25})})
+    assert look(mesh_of(), cfg=tight) == look(mesh_of(), cfg=free)

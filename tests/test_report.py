@@ -332,6 +332,37 @@ def test_several_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [a["href"] for tag, a in page.elements if tag == "a"] == ["first", "second"]
 
 
+def masked_run(directory: Path, accuracy: float = 0.31) -> Path:
+    nothing = dict.fromkeys(("bits_per_byte", "zlib_bits_per_byte", "lzma_bits_per_byte"))
+    filled = [["def ", None], ["f", "f"], ["(", None], ["self", "cls"], [EVIL, EVIL], ["):\n", None]]
+    row = scores(STEPS, "test", 0, **nothing, accuracy=accuracy, sample={"filled": filled})
+    looks = [{"step": 40, "loss": 3.1, "bits_per_byte": None, "accuracy": 0.2}]
+    return make_run(directory, "objective.name=mlm", validation=looks, eval=[row])
+
+
+def test_a_masked_model_is_told_by_what_it_guesses(tmp_path: Path) -> None:
+    directory = masked_run(tmp_path / "run")
+    page = Page(report(directory))
+    assert page.open == [] and page.count("script") == Page(report(make_run(tmp_path / "other"))).count("script")
+    assert page.texts["lead"][0].startswith("A masked language model of ")
+    assert page.texts["big"] == ["31.0%of hidden tokens in test text guessed right"]
+    assert page.texts["h3"][:2] == ["Loss", "Held-out accuracy"]
+    assert "zlib" not in page.words and "bits per byte" not in page.texts["tile"] and "next token" not in page.words
+    assert page.texts["sample"][0].startswith("def f(selfcls") and page.texts["sample"][0].endswith("):\n")
+    assert page.texts["mark"][:2] == ["f", "self"] and page.texts["del"] == ["cls"]
+    (directory / "eval.jsonl").write_text("")
+    assert Page(report(directory)).texts["big"] == ["20.0%of hidden tokens in held-out text guessed right"]
+
+
+def test_masked_models_are_compared_by_accuracy_and_others_stay_beside_them(tmp_path: Path) -> None:
+    better, worse, causal = masked_run(tmp_path / "a", 0.4), masked_run(tmp_path / "b", 0.3), make_run(tmp_path / "c")
+    page = Page(report(better, worse))
+    assert page.texts["strong"] == ["40.0%"] and "Test accuracy" in page.texts["th"] and "zlib -9" not in page.words
+    page = Page(report(better, causal))
+    assert page.texts["strong"] == ["1.900"] and "Test bits per byte" in page.texts["th"]
+    assert "by a hidden token or the next token" in page.words
+
+
 def test_a_report_goes_where_it_is_wanted(tmp_path: Path) -> None:
     directory, wanted = make_run(tmp_path / "run"), tmp_path / "new" / "page.html"
     assert cli.main([str(directory), "--out", str(wanted)]) == 0

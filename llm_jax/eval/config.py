@@ -17,7 +17,7 @@ class EvalConfig(Config):
     batch_rows: Annotated[int, Ge(1)] = 16
     """Rows of one forward pass of an evaluation."""
     stride: Annotated[int, Ge(1)] | None = None
-    """Tokens by which `llm-jax eval`'s windows move on; null is half of data.seq_len."""
+    """Tokens by which `llm-jax eval`'s windows move on; null is half of data.seq_len. A masked model has no windows."""
 
     def check(self, seq_len: int) -> None:
         """Raises ConfigError where windows would leave tokens out."""

@@ -15,20 +15,29 @@ from rich.table import Table
 
 from llm_jax import exit_codes
 from llm_jax.data.errors import DataError
+from llm_jax.data.loader import open_rows
 from llm_jax.data.prepare import Prepared, documents, open_prepared
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.figures import figures
+from llm_jax.eval.fill import fill_first_row, in_brackets
 from llm_jax.eval.generate import Sampling, make_next_token, sample, stream
-from llm_jax.eval.perplexity import compressed, held_out_of, score_held_out
+from llm_jax.eval.perplexity import compressed, held_out_of, score_held_out, score_rows
 from llm_jax.eval.restore import Found, adapt, find, mesh_of, restore_weights, row_parts
+from llm_jax.eval.rows import make_ask, make_row_sums
 from llm_jax.eval.scorer import make_score
 from llm_jax.mesh import join_processes, keep_compiled
 from llm_jax.model.transformer import Weights
+from llm_jax.objective.config import CausalConfig, MlmConfig
 from llm_jax.run import Run
+from llm_jax.run_directory import Refused
 
 # What an evaluation shows of the model's text: a held-out document's beginning, continued.
 PROMPT_CHARACTERS = 80
 SAMPLING = Sampling(max_tokens=128, temperature=0.8, seed=0)
+
+
+# The model's text as eval.jsonl and the report have it: prompt and text, or what `fill` makes as filled.
+Sample = dict[str, Any]
 
 
 class Opened(NamedTuple):
@@ -51,43 +60,69 @@ def evaluate_checkpoint(
     """Scores held-out text, prints the result, and adds it to the run's eval.jsonl; returns it."""
     with opened(run_dir, step, overrides) as (found, run, mesh):
         prepared = same_data(found, run)
-        held_out = held_out_of(documents(prepared, split), found.tokenizer)
-        if not any(document.text for document in held_out):
-            raise DataError(f"the {split} split has no text; raise data.{split}_share, or give more text")
-        weights = restore_weights(found, run.model, mesh)
-        stride = run.eval.stride or run.data.seq_len // 2
-        sums = score_held_out(
-            make_score(run.model),
-            weights,
-            held_out,
-            found.tokenizer.piece_bytes,
-            seq_len=run.data.seq_len,
-            stride=stride,
-            batch_rows=-(-run.eval.batch_rows // row_parts(mesh)) * row_parts(mesh),
-        )
-        result = {
-            "step": found.step,
-            **figures(sums),
-            **compressed(held_out),
-            "split": split,
-            "stride": stride,
-            "seen_long_lines": prepared.text_info["leaked_share"] if split == "test" else None,
-        }
-        text = beginning_continued(weights, run, found.tokenizer, held_out[0].text)
+        match run.objective:
+            case CausalConfig():
+                scored, sample = score_text(found, run, mesh, prepared, split)
+            case MlmConfig():
+                scored, sample = score_masked(found, run, mesh, prepared, split)
+        seen = prepared.text_info["leaked_share"] if split == "test" else None
+        result = {"step": found.step, **scored, "seen_long_lines": seen}
     if jax.process_index() == 0:
         if as_json:
             print(json.dumps(result), flush=True)
         else:
-            show(run.name, result, text)
-        append(Path(run_dir, "eval.jsonl"), result | {"time": now(), "sample": text})
+            show(run.name, result, sample)
+        append(Path(run_dir, "eval.jsonl"), result | {"time": now(), "sample": sample})
     return result
+
+
+def score_text(found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: str) -> tuple[dict[str, Any], Sample]:
+    """Every byte of the split once, in windows, beside compressors; and a document's beginning continued."""
+    held_out = held_out_of(documents(prepared, split), found.tokenizer)
+    if not any(document.text for document in held_out):
+        raise DataError(f"the {split} split has no text; raise data.{split}_share, or give more text")
+    weights = restore_weights(found, run.model, mesh)
+    stride = run.eval.stride or run.data.seq_len // 2
+    sums = score_held_out(
+        make_score(run.model),
+        weights,
+        held_out,
+        found.tokenizer.piece_bytes,
+        seq_len=run.data.seq_len,
+        stride=stride,
+        batch_rows=whole_batch(run, mesh),
+    )
+    sample = beginning_continued(weights, run, found.tokenizer, held_out[0].text)
+    return {**figures(sums), **compressed(held_out), "split": split, "stride": stride}, sample
+
+
+def score_masked(found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: str) -> tuple[dict[str, Any], Sample]:
+    """Every row of the split once, with masks that are always the same; and the first row filled in.
+
+    The names are score_text's, null where a masked model has no such figure.
+    """
+    rows = open_rows(prepared, split)
+    weights = restore_weights(found, run.model, mesh)
+    batch_rows = whole_batch(run, mesh)
+    crosses = run.data.cross_documents
+    ask = make_ask(run.objective, found.tokenizer.word_starts, seed=run.seed, cross_documents=crosses)
+    row_sums = make_row_sums(run.model, run.objective, ask, rows, found.tokenizer.piece_bytes, batch_rows)
+    sums = score_rows(row_sums, weights, len(rows), batch_rows)
+    nothing = dict.fromkeys(("zlib_bits_per_byte", "lzma_bits_per_byte"))
+    filled = fill_first_row(run.model, weights, ask, rows, found.tokenizer)
+    return {**figures(sums, masked=True), **nothing, "split": split, "stride": None}, {"filled": filled}
+
+
+def whole_batch(run: Run, mesh: Mesh) -> int:
+    """eval.batch_rows, rounded up to what the mesh divides."""
+    return -(-run.eval.batch_rows // row_parts(mesh)) * row_parts(mesh)
 
 
 def generate_text(
     run_dir: str, step: int | None, overrides: Sequence[str], prompts: Sequence[str], sampling: Sampling
 ) -> None:
-    """Prints each prompt and its continuation as it comes."""
-    with opened(run_dir, step, overrides) as (found, run, mesh):
+    """Prints each prompt and its continuation as it comes. Raises Refused for a masked language model."""
+    with opened(run_dir, step, overrides, continues=True) as (found, run, mesh):
         weights = restore_weights(found, run.model, mesh)
         next_token = make_next_token(run.model, run.data.seq_len)
         for row, prompt in enumerate(prompts):
@@ -98,11 +133,18 @@ def generate_text(
 
 
 @contextmanager
-def opened(run_dir: str, step: int | None, overrides: Sequence[str]) -> Iterator[Opened]:
-    """Joins the job's processes, finds the checkpoint, and sets the mesh for as long as it is open."""
+def opened(run_dir: str, step: int | None, overrides: Sequence[str], *, continues: bool = False) -> Iterator[Opened]:
+    """Joins the job's processes, finds the checkpoint, and sets the mesh for as long as it is open.
+
+    Raises Refused where it has to continue text and was not trained to.
+    """
     keep_compiled()
     join_processes()
     found = find(run_dir, step)
+    if continues and not isinstance(found.run.objective, CausalConfig):
+        raise Refused(
+            f"{run_dir} is a masked language model, which continues no text; llm-jax eval {run_dir} scores it"
+        )
     run, sizes = adapt(found.run, overrides, jax.device_count(), jax.default_backend())
     mesh = mesh_of(sizes)
     axes = " * ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
@@ -123,33 +165,45 @@ def same_data(found: Found, run: Run) -> Prepared:
     return prepared
 
 
-def beginning_continued(weights: Weights, run: Run, tokenizer: Tokenizer, text: str) -> dict[str, str]:
+def beginning_continued(weights: Weights, run: Run, tokenizer: Tokenizer, text: str) -> Sample:
     """A document's beginning and the model's continuation of it."""
     prompt = text[:PROMPT_CHARACTERS]
     next_token = make_next_token(run.model, run.data.seq_len)
     return {"prompt": prompt, "text": sample(next_token, weights, tokenizer, prompt, SAMPLING)}
 
 
-def show(name: str, result: Mapping[str, Any], text: Mapping[str, str]) -> None:
+def show(name: str, result: Mapping[str, Any], text: Sample) -> None:
     """Prints a table of the result, and the sample."""
+    masked = "filled" in text
+    what, guessed = ("masked token", "masked-token") if masked else ("token", "next-token")
     print(f"{name} after {result['step']} steps, on held-out {result['split']} text:")
     table = Table("", "", show_header=False)
     table.columns[1].justify = "right"
-    table.add_row("bits per byte", f"{result['bits_per_byte']:.3f}")
-    table.add_row("  of zlib -9", f"{result['zlib_bits_per_byte']:.3f}")
-    table.add_row("  of lzma", f"{result['lzma_bits_per_byte']:.3f}")
-    table.add_row("loss (nats per token)", f"{result['loss']:.4f}")
-    perplexity = result["perplexity"]
-    table.add_row("perplexity", "overflow" if perplexity is None else f"{perplexity:.4g}")
-    table.add_row("next-token accuracy", f"{100 * result['accuracy']:.1f}%")
-    table.add_row("tokens, each scored once", f"{result['tokens']:,}")
+    if not masked:
+        table.add_row("bits per byte", f"{result['bits_per_byte']:.3f}")
+        table.add_row("  of zlib -9", f"{result['zlib_bits_per_byte']:.3f}")
+        table.add_row("  of lzma", f"{result['lzma_bits_per_byte']:.3f}")
+    table.add_row(f"loss (nats per {what})", told(result["loss"], ".4f"))
+    table.add_row("perplexity", "overflow" if result["perplexity"] is None else f"{result['perplexity']:.4g}")
+    table.add_row(f"{guessed} accuracy", told(result["accuracy"], ".1%"))
+    table.add_row(f"{what}s, each scored once", f"{result['tokens']:,}")
     table.add_row("bytes they stand for", f"{result['bytes']:,}")
-    table.add_row("windows move on by", f"{result['stride']} tokens")
+    if not masked:
+        table.add_row("windows move on by", f"{result['stride']} tokens")
     if result["seen_long_lines"] is not None:
-        table.add_row("its long lines that training saw", f"{100 * result['seen_long_lines']:.1f}%")
+        table.add_row("its long lines that training saw", f"{result['seen_long_lines']:.1%}")
     Console().print(table)
-    print(f"\na sample, after the first {len(text['prompt'])} characters of a held-out document:\n")
-    print(text["prompt"] + text["text"], flush=True)
+    if masked:
+        print("\na held-out row, its hidden tokens as [first guess], or as [first guess|what was there]:\n")
+        print(in_brackets(text["filled"]), flush=True)
+    else:
+        print(f"\na sample, after the first {len(text['prompt'])} characters of a held-out document:\n")
+        print(text["prompt"] + text["text"], flush=True)
+
+
+def told(value: float | None, form: str) -> str:
+    """A figure as text; a dash where there is none."""
+    return "\N{EN DASH}" if value is None else f"{value:{form}}"
 
 
 def append(path: Path, record: Mapping[str, Any]) -> None:

@@ -21,13 +21,16 @@ class Sums(NamedTuple):
         )
 
 
-def figures(sums: Sums) -> Figures:
-    """loss (nats a token), perplexity, bits_per_byte, accuracy, tokens, bytes; None for what is not a finite number."""
+def figures(sums: Sums, *, masked: bool = False) -> Figures:
+    """loss (nats a token), perplexity, bits_per_byte, accuracy, tokens, bytes; None for what is not a finite number.
+
+    Of masked tokens there are no bits per byte: what is seen on both sides of them has paid for most of the text.
+    """
     loss = _share(sums.nll, sums.tokens)
     return {
         "loss": loss,
         "perplexity": math.exp(loss) if loss is not None and loss < 700 else None,
-        "bits_per_byte": _share(sums.nll / math.log(2), sums.bytes),
+        "bits_per_byte": None if masked else _share(sums.nll / math.log(2), sums.bytes),
         "accuracy": _share(sums.correct, sums.tokens),
         "tokens": sums.tokens,
         "bytes": sums.bytes,

@@ -2,6 +2,7 @@
 
 import contextlib
 import lzma
+import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from llm_jax.data.errors import DataError
 from llm_jax.data.progress import progress
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.figures import Sums
+from llm_jax.eval.rows import RowSums
 from llm_jax.eval.scorer import Score
 from llm_jax.eval.windows import batched, pack
 from llm_jax.model.transformer import Weights
@@ -79,6 +81,18 @@ def score_held_out(
             sums = sums.plus(Sums(float(nll_N.sum(dtype=np.float64)), correct, len(nll_N), n_bytes))
             advance(len(nll_N))
     assert sums.tokens == n_tokens
+    return sums
+
+
+def score_rows(row_sums: RowSums, weights: Weights, n_rows: int, batch_rows: int) -> Sums:
+    """Sums over all rows, in batches. Raises NotFinite where a batch's loss is not a number."""
+    sums = Sums()
+    with _progress("scoring", n_rows) as advance:
+        for start in range(0, n_rows, batch_rows):
+            sums = sums.plus(row_sums(weights, start // batch_rows))
+            if not math.isfinite(sums.nll):
+                raise NotFinite(f"the loss of rows {start} and on is not a number: the weights are broken")
+            advance(min(batch_rows, n_rows - start))
     return sums
 
 

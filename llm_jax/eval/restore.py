@@ -20,8 +20,9 @@ from llm_jax.checkpoint import CheckpointError, Checkpoints
 from llm_jax.config import ConfigError, from_json, override
 from llm_jax.data import tokenizer as tokenizers
 from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.eval.dropless import dropless
 from llm_jax.mesh import make_mesh
-from llm_jax.model.attention import resolve
+from llm_jax.model.backends import resolve
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.paths import from_tree, placed, to_tree
 from llm_jax.model.transformer import Weights, abstract_model
@@ -33,7 +34,7 @@ from llm_jax.train.config import MeshConfig
 FORMAT = 1
 
 # What an evaluation may change: where and how it computes, never what was trained.
-FREE = ("eval", "mesh", "data.dir", "model.attention")
+FREE = ("eval", "mesh", "data.dir", "model.attention", "model.moe.exchange", "model.moe.grouped_matmul")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +96,11 @@ def tokenizer_of(directory: Path, meta: dict[str, Any]) -> Tokenizer:
 
 
 def adapt(run: Run, overrides: Sequence[str], n_devices: int, platform: str) -> tuple[Run, dict[str, int]]:
-    """The run as it is evaluated here, and its mesh's axis sizes; attention and mesh are settled for these devices.
+    """The run as it is evaluated here, and its mesh's axis sizes; backends and mesh are settled for these devices.
 
     The mesh is the run's own where it takes exactly these devices, else all of them as fsdp; overrides of mesh.* start
-    from data=-1. Raises ConfigError for an override that an evaluation may not make, or a mesh that does not fit.
+    from data=-1. Experts drop nothing. Raises ConfigError for an override that an evaluation may not make, or a mesh
+    that does not fit.
     """
     for wish in overrides:
         path = wish.partition("=")[0].strip()
@@ -106,14 +108,22 @@ def adapt(run: Run, overrides: Sequence[str], n_devices: int, platform: str) -> 
             raise ConfigError(f"{wish}: an evaluation can only change {', '.join(FREE)}; the rest was trained")
     names_mesh = any(wish.strip().startswith("mesh") for wish in overrides)
     mesh = MeshConfig() if names_mesh else default_mesh(run.mesh, n_devices)
-    model = run.model.model_copy(update={"attention": "auto"})
+    model = unsettled(dropless(run.model))
     run = override(run.model_copy(update={"mesh": mesh, "model": model}), overrides)
     run.eval.check(run.data.seq_len)
     check_axes(run.mesh)
     sizes = mesh_sizes(run.mesh, n_devices)
     check_weights(run.model, sizes)
     check_divisible({"T": ("data.seq_len", run.data.seq_len)}, sizes, ACT_AXES)
-    return run.model_copy(update={"model": resolve(run.model, platform)}), sizes
+    return run.model_copy(update={"model": resolve(run.model, platform, sizes["expert"])}), sizes
+
+
+def unsettled(cfg: ModelConfig) -> ModelConfig:
+    """The config with what the trainer's machine decided to be settled anew."""
+    moe = cfg.moe
+    if moe is not None:
+        moe = moe.model_copy(update={"grouped_matmul": "auto", "exchange": "auto"})
+    return cfg.model_copy(update={"attention": "auto", "moe": moe})
 
 
 def default_mesh(trained: MeshConfig, n_devices: int) -> MeshConfig:

@@ -61,7 +61,7 @@ class Chart:
 def charts(records: Sequence[Record]) -> list[Chart]:
     """Every chart that has something to show, in the order in which they are read."""
     last = max(last_step(record) for record in records)
-    made = [chart(records, last) for chart in (_loss, _bits, _rate, _gradient, _speed, *_ROUTING)]
+    made = [chart(records, last) for chart in (_loss, _bits, _accuracy, _rate, _gradient, _speed, *_ROUTING)]
     return [chart for chart in made if chart is not None]
 
 
@@ -112,7 +112,8 @@ def _loss(records: Sequence[Record], last: float) -> Chart | None:
         series += _with_mean(record, "loss", run, record.name if several else mean, faint=not several)
         name, style = (f"{record.name}, held out", "dashed") if several else ("held out", "dots")
         series.append(_series(record.looks, "loss", name, run, style))
-    note = "How surprised the model is by the next token, in nats; lower is better. "
+    surprises = " or ".join(sorted({"a hidden token" if record.masked else "the next token" for record in records}))
+    note = f"How surprised the model is by {surprises}, in nats; lower is better. "
     if several:
         note += (
             "Solid lines are training, as means of neighbouring updates; dashed ones are text that is never trained on."
@@ -121,6 +122,17 @@ def _loss(records: Sequence[Record], last: float) -> Chart | None:
         note += "Held-out text is never trained on."
     skipped = np.concatenate([record.skipped for record in records])
     return _chart("loss", "Loss", note, series, last, format="loss", skipped=skipped)
+
+
+def _accuracy(records: Sequence[Record], last: float) -> Chart | None:
+    """Of masked models, which have no bits per byte."""
+    series = [
+        _series(record.looks, "accuracy", record.name if len(records) > 1 else "held out", run, "line")
+        for run, record in enumerate(records)
+        if record.masked
+    ]
+    note = "Share of hidden tokens of text it has not seen that the model guesses right; higher is better."
+    return _chart("accuracy", "Held-out accuracy", note, series, last, format="bits", low=0)
 
 
 def _bits(records: Sequence[Record], last: float) -> Chart | None:

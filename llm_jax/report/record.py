@@ -53,6 +53,11 @@ class Record:
         return str(self.config.get("name") or self.directory.resolve().name)
 
     @property
+    def masked(self) -> bool:
+        """Whether it predicts hidden tokens, and not the next one."""
+        return at(self.config, "objective.name") == "mlm"
+
+    @property
     def done(self) -> int:
         """Updates made."""
         steps = self.updates["step"]

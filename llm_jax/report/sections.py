@@ -56,17 +56,19 @@ def figures(record: Record) -> Element:
 
 
 def comparison(records: Sequence[Record]) -> Element:
-    """A row a run; the best bits per byte stands out."""
-    bits = [number((record.newest("test") or {}).get("bits_per_byte")) for record in records]
-    best = min((b for b in bits if math.isfinite(b)), default=math.nan)
+    """A row a run; the best bits per byte stands out, of masked models the best accuracy."""
+    masked = all(record.masked for record in records)
+    name = "accuracy" if masked else "bits_per_byte"
+    values = [number((record.newest("test") or {}).get(name)) for record in records]
+    best = (max if masked else min)((value for value in values if math.isfinite(value)), default=math.nan)
     rows: list[list[Child]] = []
-    for run, (record, own) in enumerate(zip(records, bits, strict=True)):
+    for run, (record, own) in enumerate(zip(records, values, strict=True)):
         test = record.newest("test") or {}
         held_out = record.looks["loss"]
         rows.append(
             [
                 _named(record, run),
-                element("strong" if own == best else "span", None, fixed(own, 3)),
+                element("strong" if own == best else "span", None, percent(own) if masked else fixed(own, 3)),
                 fixed(test.get("loss"), 3),
                 fixed(held_out[-1], 3) if len(held_out) else UNKNOWN,
                 words.short(record.parameters) if record.parameters else UNKNOWN,
@@ -78,7 +80,7 @@ def comparison(records: Sequence[Record]) -> Element:
         )
     head = (
         "Run",
-        "Test bits per byte",
+        "Test accuracy" if masked else "Test bits per byte",
         "Test loss",
         "Held-out loss",
         "Parameters",
@@ -103,16 +105,18 @@ def curves(records: Sequence[Record]) -> Element:
 def evaluation(records: Sequence[Record]) -> Element:
     """Every evaluation, the newest first, and what may flatter it."""
     several = len(records) > 1
+    per_byte = not all(record.masked for record in records)
     rows: list[list[Child]] = []
     for run, record in enumerate(records):
         for row in sorted(record.evaluations, key=lambda row: (-number(row["step"]), str(row.get("split")))):
             text = f"step {count(row.get('step'))}, {row.get('split', UNKNOWN)}"
-            rows.append([_named(record, run, text) if several else text, *_scores(row)])
+            rows.append([_named(record, run, text) if several else text, *_scores(row, per_byte)])
     if not rows:
         command = element("code", None, f"llm-jax eval {records[0].directory}")
         none = element("p", {"class": "empty"}, "Not evaluated yet: ", command, " scores the newest checkpoint.")
         return _section("Evaluation", none)
-    head = ("", "Bits per byte", "zlib -9", "lzma", "Loss", "Perplexity", "Accuracy", "Tokens", "Bytes")
+    beside = ("Bits per byte", "zlib -9", "lzma") if per_byte else ()
+    head = ("", *beside, "Loss", "Perplexity", "Accuracy", "Tokens", "Bytes")
     parts: list[Child] = [table(head, rows, {"class": "numbers"})]
     told: dict[str, list[str]] = {}
     for record in records:
@@ -132,14 +136,18 @@ def samples(records: Sequence[Record]) -> Element | None:
         row = next((row for row in reversed(record.evaluations) if isinstance(row.get("sample"), dict)), None)
         if row is None:
             continue
-        sample: Mapping[str, Any] = row["sample"]
-        prompt = element("span", {"class": "prompt"}, str(sample.get("prompt") or ""))
-        written = element("pre", {"class": "sample"}, prompt, str(sample.get("text") or ""))
+        written = element("pre", {"class": "sample"}, *_written(row["sample"]))
         if len(records) > 1:
             folded = {} if parts else {"open": "open"}
             written = element("details", folded, element("summary", None, _named(record, run)), written)
         parts.append(written)
-    about = element("p", {"class": "note"}, "Grey is the beginning it was given; the rest is the model's own.")
+    told = {
+        "Marked is what was hidden: the model's guess, and struck out what was there if that is something else."
+        if record.masked
+        else "Grey is the beginning it was given; the rest is the model's own."
+        for record in records
+    }
+    about = element("p", {"class": "note"}, " ".join(sorted(told, reverse=True)))
     return _section("What it writes", about, *parts) if parts else None
 
 
@@ -198,6 +206,8 @@ def files(records: Sequence[Record], out: Path) -> Element:
 def _verdict(record: Record) -> Element:
     row, split = words.best_scored(record)
     bits = number(row.get("bits_per_byte"))
+    if record.masked and split != "training" and math.isfinite(number(row.get("accuracy"))):
+        return element("div", {"class": "verdict"}, *_guessed(row, split))
     if split == "training" or not math.isfinite(bits):
         command = element("code", None, f"llm-jax eval {record.directory}")
         return element("p", {"class": "empty"}, "No figures on held-out text yet: ", command, " scores a checkpoint.")
@@ -226,8 +236,30 @@ def _verdict(record: Record) -> Element:
     return element("div", {"class": "verdict"}, big, element("div", {"class": "bars"}, *shown, told))
 
 
-def _scores(row: Mapping[str, Any]) -> list[str]:
-    bits = [fixed(row.get(f"{who}bits_per_byte"), 3) for who in ("", "zlib_", "lzma_")]
+def _guessed(row: Mapping[str, Any], split: str) -> list[Element]:
+    """A masked model's headline; compressors do another thing, so it is beside none."""
+    share, of = element("b", None, percent(row.get("accuracy"))), f"of hidden tokens in {split} text guessed right"
+    big = element("div", {"class": "big"}, share, element("span", None, of))
+    about = "It sees both sides of a hidden token, so there are no bits per byte and no compressors to compare it with."
+    return [big, element("div", {"class": "bars"}, element("p", {"class": "note"}, about))]
+
+
+def _written(sample: Mapping[str, Any]) -> list[Child]:
+    """A prompt and what follows it; or a row with the guesses in it."""
+    filled = sample.get("filled")
+    if not isinstance(filled, list):
+        prompt = element("span", {"class": "prompt"}, str(sample.get("prompt") or ""))
+        return [prompt, str(sample.get("text") or "")]
+    written: list[Child] = []
+    for text, original in (part for part in filled if isinstance(part, list) and len(part) == 2):
+        written.append(str(text) if original is None else element("mark", None, str(text)))
+        if original not in (None, text):
+            written.append(element("del", None, str(original)))
+    return written
+
+
+def _scores(row: Mapping[str, Any], per_byte: bool) -> list[str]:
+    bits = [fixed(row.get(f"{who}bits_per_byte"), 3) for who in ("", "zlib_", "lzma_")] if per_byte else []
     loss, perplexity = fixed(row.get("loss"), 4), fixed(row.get("perplexity"), 2)
     return [*bits, loss, perplexity, percent(row.get("accuracy")), count(row.get("tokens")), count(row.get("bytes"))]
 

@@ -36,7 +36,7 @@ class Field(NamedTuple):
 
 def lead(record: Record) -> str:
     """What was trained, on what, and by how many updates: as much of it as is known."""
-    parts = ["A causal language model"]
+    parts = [f"A {'masked' if record.masked else 'causal'} language model"]
     if record.parameters:
         parts.append(f" of {short(record.parameters)} parameters")
     text = source(record.config)
@@ -88,9 +88,9 @@ def headline(record: Record) -> list[Figure]:
     """The figures that are known; losses on test text if it was scored, else on held-out text, else in training."""
     scored, split = best_scored(record)
     figures = [
-        Figure(fixed(scored.get("loss"), 3), f"{split} loss, nats a token"),
+        Figure(fixed(scored.get("loss"), 3), f"{split} loss, nats a {'hidden ' * record.masked}token"),
         Figure(fixed(scored.get("perplexity"), 2), "perplexity"),
-        Figure(percent(scored.get("accuracy")), "next tokens guessed right"),
+        Figure(percent(scored.get("accuracy")), f"{'hidden' if record.masked else 'next'} tokens guessed right"),
         Figure(short(record.parameters) if record.parameters else UNKNOWN, "parameters"),
         Figure(short(record.tokens), "tokens trained on"),
         Figure(speed(record), "tokens a second, median"),
