@@ -2,25 +2,27 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.mesh import acts
-from llm_jax.model.config import ModelConfig
 from llm_jax.model.sight import Places, Sight, reach, visible
 
 MASKED = -1e30
 
 
-def resolve(cfg: ModelConfig, platform: str) -> ModelConfig:
-    """The config with what depends on the platform (cpu, gpu, tpu) settled; done once, at start, and printed."""
-    on_cpu = platform == "cpu"
-    settled = {"attention": cfg.attention, "logit_chunk": cfg.logit_chunk or (2**21 if on_cpu else 2**28)}
-    if cfg.attention == "auto":
-        settled["attention"] = "chunked" if on_cpu else "xla"
-    return cfg.model_copy(update=settled)
+class Queries(NamedTuple):
+    """Consecutive queries of a row."""
+
+    q_BTHC: Array
+    here: Places
+    first: Array
+    """The place in the row of the first of them."""
 
 
 def attention(
@@ -42,6 +44,8 @@ def attention(
     each head that takes its share of the softmax and brings no value (gpt-oss, 2025). Returns o_BTHC in q's type;
     scores and softmax are float32.
     """
+    # Vectors are stored whole on every device: each takes its heads' part.
+    sinks_H = None if sinks_H is None else jax.reshard(sinks_H, acts("H"))
     arguments = (q_BTHC, k_BSKC, v_BSKC, sinks_H, here, there)
     match backend:
         case "xla":
@@ -93,33 +97,50 @@ def _chunked(
     """Blocks of queries, each against the keys it can see or a few more; memory O(block * S), not O(T * S)."""
 
     def local(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, sinks_H: Array | None, here: Places, there: Places) -> Array:
+        arguments = (q_BTHC, k_BSKC, v_BSKC, sinks_H, here, there)
         T, S = q_BTHC.shape[1], k_BSKC.shape[1]
-        block = _block_length(T)
-        length = -(-T // (4 * block)) * block
-        first = jax.lax.axis_index("context") * T
         behind, ahead = reach(sight, S)
-        outputs = []
-        for start in range(0, T, length):
-            stop = min(start + length, T)
-            # Under context parallelism a rank's first query is not known at compile time: it looks at all keys.
-            low, high = (max(start - behind, 0), min(stop + ahead, S)) if T == S else (0, S)
-            queries = (q_BTHC[:, start:stop], Places(*(x[:, start:stop] for x in here)), first + start)
-            keys = (k_BSKC[:, low:high], v_BSKC[:, low:high], Places(*(x[:, low:high] for x in there)), low)
-            outputs.append(_span(*queries, *keys, sinks_H, block, sight, soft_cap))
-        return jnp.concatenate(outputs, axis=1)
+        block = _block_length(T, (behind + ahead + 1) // 2)
+        if 3 * (behind + block + ahead) <= S:
+            return _near(*arguments, block, sight, soft_cap)
+        return _spans(*arguments, _block_length(T, T // 4), sight, soft_cap)
 
     # shard_map adds up the gradients of keys and values over context: every rank's queries looked at all of them.
-    places = (Places(acts("BT"), acts("BT")), Places(acts("BS"), acts("BS")))
-    specs = (acts("BTHC"), acts("BSKC"), acts("BSKC"), acts("H"), *places)
+    specs = tuple(acts(letters) for letters in ("BTHC", "BSKC", "BSKC", "H", "BT", "BS"))
     return jax.shard_map(local, in_specs=specs, out_specs=acts("BTHC"), check_vma=False)(
         q_BTHC, k_BSKC, v_BSKC, sinks_H, here, there
     )
 
 
-def _span(
+def _spans(
     q_BTHC: Array,
+    k_BSKC: Array,
+    v_BSKC: Array,
+    sinks_H: Array | None,
     here: Places,
-    first: Array,
+    there: Places,
+    block: int,
+    sight: Sight,
+    soft_cap: float | None,
+) -> Array:
+    """Queries that see much of the row: in up to four spans, each against the keys that its queries can see."""
+    T, S = q_BTHC.shape[1], k_BSKC.shape[1]
+    behind, ahead = reach(sight, S)
+    length = -(-T // (4 * block)) * block
+    first = jax.lax.axis_index("context") * T
+    outputs = []
+    for start in range(0, T, length):
+        stop = min(start + length, T)
+        # Under context parallelism a rank's first query is not known at compile time: it looks at all keys.
+        low, high = (max(start - behind, 0), min(stop + ahead, S)) if T == S else (0, S)
+        q, at = _cut((q_BTHC, here), start, stop)
+        k, v, around = _cut((k_BSKC, v_BSKC, there), low, high)
+        outputs.append(_span(Queries(q, at, first + start), k, v, around, low, sinks_H, block, sight, soft_cap))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _span(
+    queries: Queries,
     k_BSKC: Array,
     v_BSKC: Array,
     there: Places,
@@ -129,21 +150,62 @@ def _span(
     sight: Sight,
     soft_cap: float | None,
 ) -> Array:
-    """Consecutive queries from place `first` of their row on, keys from `low` on: a loop over blocks that keeps no
-    scores. Written out instead of looped, XLA would keep the scores of all blocks at once."""
+    """Queries all against the same keys, the first of which is at place `low` of its row."""
 
-    def one_block(queries: tuple[Array, Places, Array]) -> Array:
+    def one_block(queries: Queries) -> Array:
         q_BTHC, here, first = queries
         s_S = low + jnp.arange(k_BSKC.shape[1])
         visible_BTS = visible(here, there, first + jnp.arange(block), s_S, sight)
         return _block(soft_cap, q_BTHC, k_BSKC, v_BSKC, sinks_H, visible_BTS)
 
-    n = q_BTHC.shape[1] // block
-    if n == 1:
-        return one_block((q_BTHC, here, first))
-    q_blocks, here_blocks = jax.tree.map(lambda x: jnp.stack(jnp.split(x, n, axis=1)), (q_BTHC, here))
-    o_blocks = jax.lax.map(jax.checkpoint(one_block), (q_blocks, here_blocks, first + block * jnp.arange(n)))
-    return jnp.concatenate(list(o_blocks), axis=1)
+    if queries.q_BTHC.shape[1] == block:
+        return one_block(queries)
+    return _looped(jax.checkpoint(one_block), queries, block)
+
+
+def _near(
+    q_BTHC: Array,
+    k_BSKC: Array,
+    v_BSKC: Array,
+    sinks_H: Array | None,
+    here: Places,
+    there: Places,
+    block: int,
+    sight: Sight,
+    soft_cap: float | None,
+) -> Array:
+    """Queries that see little of the row: a loop over blocks, each against the keys around it."""
+    T, S = q_BTHC.shape[1], k_BSKC.shape[1]
+    behind, ahead = reach(sight, S)
+    width = behind + block + ahead
+
+    def one_block(queries: Queries) -> Array:
+        q_BTHC, here, first = queries
+        low = jnp.clip(first - behind, 0, S - width)
+        k_near, v_near, around = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, low, width, axis=1), (k_BSKC, v_BSKC, there)
+        )
+        visible_BTS = visible(here, around, first + jnp.arange(block), low + jnp.arange(width), sight)
+        return _block(soft_cap, q_BTHC, k_near, v_near, sinks_H, visible_BTS)
+
+    # The backward pass cuts keys and makes masks anew, but no block's output.
+    kept = jax.checkpoint_policies.save_only_these_names("block_out", "block_normaliser")
+    queries = Queries(q_BTHC, here, jax.lax.axis_index("context") * T)
+    return _looped(jax.checkpoint(one_block, policy=kept), queries, block)
+
+
+def _looped(one_block: Callable[[Queries], Array], queries: Queries, block: int) -> Array:
+    """one_block's output for every block of the queries.
+
+    Written out instead of looped, XLA would keep the scores of all blocks at once.
+    """
+    B, T, H, C = queries.q_BTHC.shape
+    n = T // block
+    q_blocks, here_blocks = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(B, n, block, *x.shape[2:]), 1, 0), (queries.q_BTHC, queries.here)
+    )
+    o_blocks = jax.lax.map(one_block, Queries(q_blocks, here_blocks, queries.first + block * jnp.arange(n)))
+    return jnp.moveaxis(o_blocks, 0, 1).reshape(B, T, H, C)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -170,7 +232,11 @@ def _block_forward(
     o_BKGTC = jnp.einsum("BKGTS,BSKC->BKGTC", exp_BKGTS.astype(v_BSKC.dtype), v_BSKC)
     o_BKGTC = (o_BKGTC / sum_BKGT[..., None]).astype(v_BSKC.dtype)
     o_BTHC = jnp.moveaxis(o_BKGTC, 3, 1).reshape(B, T, H, C)
-    return o_BTHC, (q_BTHC, k_BSKC, v_BSKC, sinks_H, visible_BTS, o_BKGTC, highest_BKGT + jnp.log(sum_BKGT))
+    kept = (
+        checkpoint_name(o_BKGTC, "block_out"),
+        checkpoint_name(highest_BKGT + jnp.log(sum_BKGT), "block_normaliser"),
+    )
+    return o_BTHC, (q_BTHC, k_BSKC, v_BSKC, sinks_H, visible_BTS, *kept)
 
 
 def _block_backward(
@@ -226,9 +292,14 @@ def _grouped_sinks(sinks_H: Array, k_BSKC: Array) -> Array:
     return sinks_H.astype(jnp.float32).reshape(1, K, sinks_H.shape[0] // K, 1)
 
 
-def _block_length(T: int) -> int:
-    """A quarter of the row, between 64 and 512, that divides it; the row itself where nothing does."""
-    for block in range(min(max(64, T // 4), 512, T), 31, -1):
+def _cut(arrays: Any, start: int, stop: int) -> Any:
+    """[start, stop) of the second axis of every array."""
+    return jax.tree.map(lambda x: x[:, start:stop], arrays)
+
+
+def _block_length(T: int, wished: int) -> int:
+    """The longest up to the wished one, that between 64 and 512, which divides the row; the row where none does."""
+    for block in range(min(max(64, wished), 512, T), 31, -1):
         if T % block == 0:
             return block
     return T

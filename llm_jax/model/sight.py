@@ -6,7 +6,7 @@ from jax import Array
 
 
 class Places(NamedTuple):
-    """Where tokens stand, int32 [B, T], or [B, S] for keys; a document's tokens are consecutive in their row."""
+    """Where tokens stand, int32 [B, T], or [B, S] for keys; a document's tokens follow each other in their row."""
 
     segments: Array
     """One number a document."""
