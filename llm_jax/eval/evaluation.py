@@ -26,6 +26,7 @@ from llm_jax.eval.restore import Found, adapt, find, mesh_of, restore_weights, r
 from llm_jax.eval.rows import make_ask, make_row_sums
 from llm_jax.eval.scorer import make_score
 from llm_jax.mesh import join_processes, keep_compiled
+from llm_jax.model.backends import told
 from llm_jax.model.transformer import Weights
 from llm_jax.objective.config import CausalConfig, MlmConfig
 from llm_jax.run import Run
@@ -149,7 +150,8 @@ def opened(run_dir: str, step: int | None, overrides: Sequence[str], *, continue
     mesh = mesh_of(sizes)
     axes = " * ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
     if jax.process_index() == 0:
-        print(f"checkpoint {found.step} of {run_dir} on {axes}, attention {run.model.attention}", file=sys.stderr)
+        backends = [f"{name.replace('_', ' ')} {choice}" for name, choice in told(run.model).items()]
+        print(f"checkpoint {found.step} of {run_dir} on {axes}, {', '.join(backends)}", file=sys.stderr)
     with jax.set_mesh(mesh):
         yield Opened(found, run, mesh)
 
@@ -183,9 +185,9 @@ def show(name: str, result: Mapping[str, Any], text: Sample) -> None:
         table.add_row("bits per byte", f"{result['bits_per_byte']:.3f}")
         table.add_row("  of zlib -9", f"{result['zlib_bits_per_byte']:.3f}")
         table.add_row("  of lzma", f"{result['lzma_bits_per_byte']:.3f}")
-    table.add_row(f"loss (nats per {what})", told(result["loss"], ".4f"))
+    table.add_row(f"loss (nats per {what})", as_text(result["loss"], ".4f"))
     table.add_row("perplexity", "overflow" if result["perplexity"] is None else f"{result['perplexity']:.4g}")
-    table.add_row(f"{guessed} accuracy", told(result["accuracy"], ".1%"))
+    table.add_row(f"{guessed} accuracy", as_text(result["accuracy"], ".1%"))
     table.add_row(f"{what}s, each scored once", f"{result['tokens']:,}")
     table.add_row("bytes they stand for", f"{result['bytes']:,}")
     if not masked:
@@ -201,7 +203,7 @@ def show(name: str, result: Mapping[str, Any], text: Sample) -> None:
         print(text["prompt"] + text["text"], flush=True)
 
 
-def told(value: float | None, form: str) -> str:
+def as_text(value: float | None, form: str) -> str:
     """A figure as text; a dash where there is none."""
     return "\N{EN DASH}" if value is None else f"{value:{form}}"
 
