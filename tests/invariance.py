@@ -170,8 +170,7 @@ def chosen_experts(weights: Weights, batch_A: Any, cfg: ModelConfig, objective: 
         _, routing = model(batch.tokens_BT, batch.segments_BT, batch.positions_BT, cfg, causal=causal)
         return {name: jnp.sort(place.experts_LBTX, axis=-1) for name, place in routing.items()}
 
-    by_microbatch = [of(jax.tree.map(lambda x, a=a: x[a], batch_A)) for a in range(batch_A.tokens_BT.shape[0])]
-    return {name: jnp.stack([chosen[name] for chosen in by_microbatch]) for name in by_microbatch[0]}
+    return jax.lax.scan(lambda _, batch: (None, of(batch)), None, batch_A)[1]
 
 
 def difference(one: Outcome, reference: Outcome) -> Difference:

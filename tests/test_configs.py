@@ -18,8 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 from llm_jax.alphabet import MESH_AXES
 from llm_jax.config import ConfigError, from_json, load, to_json
 from llm_jax.mesh import acts
-from llm_jax.model.attention import resolve
-from llm_jax.model.moe import resolve_moe
+from llm_jax.model.backends import resolve
 from llm_jax.model.transformer import abstract_model
 from llm_jax.run import Run, check, check_mesh, mesh_sizes
 from llm_jax.train import flops
@@ -151,9 +150,7 @@ def test_a_mesh_that_does_not_divide_the_rows_is_no_mesh_to_lower_at() -> None:
 def lowered(run: Run, mesh: AbstractMesh) -> Any:
     """The run's step for TPUs, as StableHLO before XLA has seen it."""
     check_mesh(run, dict(mesh.shape))
-    cfg, A = resolve(run.model, "tpu"), run.train.accumulation
-    if cfg.moe is not None:
-        cfg = cfg.model_copy(update={"moe": resolve_moe(cfg.moe, "tpu", mesh.shape["expert"])})
+    cfg, A = resolve(run.model, "tpu", mesh.shape["expert"]), run.train.accumulation
     shape = (A, run.train.batch_rows // A, run.data.seq_len + 1)
     step = make_step(
         cfg,
