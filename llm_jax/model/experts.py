@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, P
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.mesh import acts, gathered
@@ -29,14 +29,12 @@ class ExpertWeights(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What the router decided, best choice first."""
+    """What the router decided for each token, best choice first."""
 
     experts_BTX: Array
     """Int32."""
     gates_BTX: Array
     """Float32; the share of each expert's result."""
-    slots_BTX: Array | None
-    """With a capacity, a choice's slot among those of its row and expert, int32; the capacity itself: none was left."""
 
 
 # (rows sorted by expert, their gates, rows of each expert) -> the experts' results, gates included.
@@ -50,28 +48,34 @@ def capacity(cfg: ModelConfig, T: int) -> int:
     return min(T, math.ceil(moe.capacity_factor * T * moe.top_k / moe.experts))
 
 
-def apply_experts(x_BTD: Array, choices: Choices, weights: ExpertWeights, cfg: ModelConfig) -> Array:
-    """The sum of gate times the expert's result over each token's choices, in x's type; those without a slot add 0.
+def apply_experts(
+    x_BTD: Array, choices: Choices, real_BT: Array, weights: ExpertWeights, cfg: ModelConfig
+) -> tuple[Array, Array]:
+    """The sum of gate times the expert's result over each token's choices, in x's type; and how many were dropped.
 
-    Tokens are sharded over all axes but tensor, experts over expert, and their hidden units over tensor.
+    Tokens are sharded over all axes but tensor, experts over expert, and their hidden units over tensor. A dropped
+    choice adds nothing; padding, where real_BT is false, takes no slot and is not counted.
     """
+    assert cfg.moe is not None
+    with_capacity = cfg.moe.capacity_factor is not None
 
-    def local(x_BTD: Array, choices: Choices, inner: tuple[Array | None, Array], down_EFD: Array) -> Array:
+    def local(
+        x_BTD: Array, choices: Choices, real_BT: Array, inner: tuple[Array | None, Array], down_EFD: Array
+    ) -> tuple[Array, Array]:
         # Every device has a part of the gradient of what is the same on several. Their sum is asked for here, before
         # any exchange: so the backward pass makes it once, and where it is smallest.
         x_BTD, gates_BTX = jax.lax.pcast((x_BTD, choices.gates_BTX), ("tensor",), to="varying")
+        choices = Choices(choices.experts_BTX, gates_BTX)
         weights = jax.lax.pcast(ExpertWeights(*inner, down_EFD), ("data", "fsdp", "context"), to="varying")
-        if choices.slots_BTX is None:
-            y_BTD = _dropless(x_BTD, choices.experts_BTX, gates_BTX, weights, cfg)
+        if with_capacity:
+            y_BTD, dropped = _with_capacity(x_BTD, choices, real_BT, weights, cfg)
         else:
-            gates_BTX = jax.lax.pcast(gates_BTX, ("context",), to="varying")
-            y_BTD = _with_capacity(x_BTD, choices.experts_BTX, gates_BTX, choices.slots_BTX, weights, cfg)
-        return jax.lax.psum(y_BTD, "tensor")
+            y_BTD, dropped = _dropless(x_BTD, choices, weights, cfg), jnp.zeros((), jnp.int32)
+        return jax.lax.psum(y_BTD, "tensor"), dropped
 
-    of_choices = acts("BTX" if choices.slots_BTX is None else "B.X")
-    in_specs = (acts("BTD"), of_choices, gathered("EDF"), gathered("EFD"))
-    wall = jax.shard_map(local, in_specs=in_specs, out_specs=acts("BTD"))
-    return wall(x_BTD, choices, (weights.gate_EDF, weights.up_EDF), weights.down_EFD)
+    in_specs = (acts("BTD"), acts("BTX"), acts("BT"), gathered("EDF"), gathered("EFD"))
+    wall = jax.shard_map(local, in_specs=in_specs, out_specs=(acts("BTD"), P()))
+    return wall(x_BTD, choices, real_BT, (weights.gate_EDF, weights.up_EDF), weights.down_EFD)
 
 
 def _multiply(x_RD: Array, gate_R: Array, sizes_E: Array, weights: ExpertWeights, cfg: ModelConfig) -> Array:
@@ -154,9 +158,9 @@ _dispatch_gates.defvjp(
 # Without a capacity: whatever the router chooses has room.
 
 
-def _dropless(x_BTD: Array, experts_BTX: Array, gates_BTX: Array, weights: ExpertWeights, cfg: ModelConfig) -> Array:
+def _dropless(x_BTD: Array, choices: Choices, weights: ExpertWeights, cfg: ModelConfig) -> Array:
     x_ND = x_BTD.reshape(-1, x_BTD.shape[2])
-    experts_NX, gates_NX = (a.reshape(x_ND.shape[0], -1) for a in (experts_BTX, gates_BTX))
+    experts_NX, gates_NX = (a.reshape(x_ND.shape[0], -1) for a in choices)
     multiply = functools.partial(_multiply, weights=weights, cfg=cfg)
     arguments = (x_ND, experts_NX, gates_NX, weights.up_EDF.shape[0], multiply)
     if jax.lax.axis_size("expert") == 1:
@@ -294,27 +298,31 @@ def _by_ragged_all_to_all(x_ND: Array, experts_NX: Array, gates_NX: Array, E: in
     return _combine(_send(y_RD, back, there, R, C), seats, X)
 
 
-# With a capacity: every row of the batch has M slots at every expert.
+# With a capacity: every row of the batch has M slots at every expert, so that drops depend on neither mesh nor batch.
 
 
 def _with_capacity(
-    x_BTD: Array, experts_BTX: Array, gates_BTX: Array, slots_BTX: Array, weights: ExpertWeights, cfg: ModelConfig
-) -> Array:
-    """The devices of a context axis see whole rows, choices too, and each has a part of the slots."""
-    n, parts = jax.lax.axis_size("expert"), jax.lax.axis_size("context")
+    x_BTD: Array, choices: Choices, real_BT: Array, weights: ExpertWeights, cfg: ModelConfig
+) -> tuple[Array, Array]:
+    """The devices of a context axis see whole rows, and each has a part of the slots."""
+    n, parts, part = jax.lax.axis_size("expert"), jax.lax.axis_size("context"), jax.lax.axis_index("context")
     if parts > 1:
-        x_BTD = jax.lax.all_gather(x_BTD, "context", axis=1, tiled=True)
+        whole = jax.lax.all_gather((x_BTD, *choices, real_BT), "context", axis=1, tiled=True)
+        x_BTD, choices, real_BT = whole[0], Choices(*whole[1:3]), whole[3]
     B, T, D = x_BTD.shape
-    E, X, M = n * weights.up_EDF.shape[0], slots_BTX.shape[2], capacity(cfg, T)
+    E, X, M = n * weights.up_EDF.shape[0], choices.experts_BTX.shape[2], capacity(cfg, T)
+    slots_BTX = _slots(choices.experts_BTX, real_BT, E, M)
+    # Counted once, although the devices of a context axis all know.
+    dropped = jnp.where(part == 0, jnp.sum(real_BT[:, :, None] & (slots_BTX == M), dtype=jnp.int32), 0)
+
     share = -(-M // parts)
     R = E * B * share
-    slot_BTX = slots_BTX - jax.lax.axis_index("context") * share
-    mine_BTX = (slots_BTX < M) & (slot_BTX >= 0) & (slot_BTX < share)
+    slots_BTX = jnp.where((slots_BTX < M) & (slots_BTX // share == part), slots_BTX % share, share)
     b_BTX = jax.lax.broadcasted_iota(jnp.int32, slots_BTX.shape, 0)
-    row_C = jnp.where(mine_BTX, (experts_BTX * B + b_BTX) * share + slot_BTX, R).reshape(-1)
-    seats = _seated(row_C, R)
+    row_BTX = jnp.where(slots_BTX < share, (choices.experts_BTX * B + b_BTX) * share + slots_BTX, R)
+    seats = _seated(row_BTX.reshape(-1), R)
     x_RD: Array = _dispatch(x_BTD.reshape(-1, D), seats, X)
-    gate_R: Array = _dispatch_gates(gates_BTX.reshape(-1), seats)
+    gate_R: Array = _dispatch_gates(choices.gates_BTX.reshape(-1), seats)
 
     def exchanged(a: Array, split: int, concat: int) -> Array:
         return a if n == 1 else jax.lax.all_to_all(a, "expert", split, concat, tiled=True)
@@ -323,7 +331,21 @@ def _with_capacity(
     gate_EM = exchanged(gate_R.reshape(E, B * share), 0, 1)
     sizes_E = jnp.full(x_EMD.shape[0], x_EMD.shape[1], jnp.int32)
     y_RD = _multiply(x_EMD.reshape(-1, D), gate_EM.reshape(-1), sizes_E, weights, cfg)
-    y_RD = exchanged(y_RD.reshape(x_EMD.shape), 1, 0).reshape(R, D)
-    y_ND: Array = _combine(y_RD, seats, X)
+    y_ND: Array = _combine(exchanged(y_RD.reshape(x_EMD.shape), 1, 0).reshape(R, D), seats, X)
     y_BTD = y_ND.reshape(B, T, D)
-    return y_BTD if parts == 1 else jax.lax.psum_scatter(y_BTD, "context", scatter_dimension=1, tiled=True)
+    if parts > 1:
+        y_BTD = jax.lax.psum_scatter(y_BTD, "context", scatter_dimension=1, tiled=True)
+    return y_BTD, jax.lax.psum(dropped, ("data", "fsdp", "expert", "context"))
+
+
+def _slots(experts_BTX: Array, real_BT: Array, E: int, M: int) -> Array:
+    """The slot of each choice at its expert, for whole rows; M where none is left, and for padding.
+
+    All first choices of a row come before all second ones, earlier tokens before later (GShard, Lepikhin et al. 2020).
+    """
+    B, T, X = experts_BTX.shape
+    first_BQ = jnp.swapaxes(jnp.where(real_BT[:, :, None], experts_BTX, E), 1, 2).reshape(B, X * T)
+    asks_BQE = (first_BQ[:, :, None] == jnp.arange(E)[None, None]).astype(jnp.int32)
+    before_BQ = jnp.sum(jnp.where(asks_BQE > 0, jnp.cumsum(asks_BQE, axis=1) - 1, 0), axis=-1)
+    slots_BQ = jnp.where(first_BQ < E, jnp.minimum(before_BQ, M), M)
+    return jnp.swapaxes(slots_BQ.reshape(B, X, T), 1, 2)

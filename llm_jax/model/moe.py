@@ -12,7 +12,7 @@ from llm_jax.config import ConfigError
 from llm_jax.mesh import acts
 from llm_jax.model.activation import activate
 from llm_jax.model.config import ModelConfig, MoeConfig
-from llm_jax.model.experts import Choices, ExpertWeights, apply_experts, capacity
+from llm_jax.model.experts import Choices, ExpertWeights, apply_experts
 from llm_jax.model.weights import Balance, Weight, matrix, project, residual_scale, use
 
 # Added to a sum of scores before something is divided by it, as in DeepSeek-V3: scores can all be 0.
@@ -88,11 +88,8 @@ class Moe(nnx.Module):
         logits_BTE = router_logits(x_BTD, self.router)
         scores_BTE = jax.nn.softmax(logits_BTE) if cfg.moe.scores == "softmax" else jax.nn.sigmoid(logits_BTE)
         choices = choose(scores_BTE, None if self.bias is None else self.bias[...], cfg.moe)
-        dropped = jnp.zeros((), jnp.int32)
-        if cfg.moe.capacity_factor is not None:
-            choices, dropped = seated(choices, real_BT, cfg)
         weights = ExpertWeights(use(self.gate, cfg) if cfg.gated else None, use(self.up, cfg), use(self.down, cfg))
-        y_BTD = apply_experts(x_BTD, choices, weights, cfg)
+        y_BTD, dropped = apply_experts(x_BTD, choices, real_BT, weights, cfg)
         if cfg.moe.shared_d_ff > 0:
             y_BTD += self.shared(x_BTD, cfg)
         return y_BTD, routing(logits_BTE, scores_BTE, choices.experts_BTX, real_BT, dropped)
@@ -137,34 +134,13 @@ def choose(scores_BTE: Array, bias_E: Array | None, moe: MoeConfig) -> Choices:
     gates_BTX = jnp.sum(jnp.where(_is_chosen(experts_BTX, moe.experts), scores_BTE[:, :, None], 0), axis=-1)
     if moe.normalise_gates:
         gates_BTX /= jnp.sum(gates_BTX, axis=-1, keepdims=True) + TINY
-    return Choices(experts_BTX, gates_BTX * moe.gate_scale, None)
-
-
-def seated(choices: Choices, real_BT: Array, cfg: ModelConfig) -> tuple[Choices, Array]:
-    """The choices of whole rows with their slots, and how many found none.
-
-    All first choices of a row come before all second ones, and earlier tokens before later ones (GShard, Lepikhin et
-    al. 2020). Padding takes no slot. Rows come together over context here.
-    """
-    assert cfg.moe is not None
-    experts_BTX, gates_BTX = jax.reshard(choices[:2], acts("B.X"))
-    real_BT = jax.reshard(real_BT, acts("B."))
-    B, T, X = experts_BTX.shape
-    M = capacity(cfg, T)
-    asks_BXTE = jnp.swapaxes(_is_chosen(experts_BTX, cfg.moe.experts) & real_BT[:, :, None, None], 1, 2)
-    asks_BQE = asks_BXTE.reshape(B, X * T, -1).astype(jnp.int32)
-    before_BQE = jnp.cumsum(asks_BQE, axis=1) - asks_BQE
-    slots_BXT = jnp.sum(jnp.where(asks_BQE > 0, jnp.minimum(before_BQE, M), 0), axis=-1).reshape(B, X, T)
-    slots_BTX = jnp.where(real_BT[:, :, None], jnp.swapaxes(slots_BXT, 1, 2), M)
-    dropped = jnp.sum(real_BT[:, :, None] & (slots_BTX == M), dtype=jnp.int32)
-    return Choices(experts_BTX, gates_BTX, slots_BTX), dropped
+    return Choices(experts_BTX, gates_BTX * moe.gate_scale)
 
 
 def routing(logits_BTE: Array, scores_BTE: Array, experts_BTX: Array, real_BT: Array, dropped: Array) -> Routing:
     """What one router did. The load-balance loss is that of each row, its documents together (DeepSeek-V3, 2024)."""
     X, E = experts_BTX.shape[2], scores_BTE.shape[2]
     real_BT1 = real_BT[:, :, None]
-    experts_BTX = jax.reshard(experts_BTX, acts("BTX"))
     chosen_BTE = jnp.any(_is_chosen(experts_BTX, E), axis=2) & real_BT1
     load_BE = jnp.sum(chosen_BTE, axis=1, dtype=jnp.int32)
     shares_BTE = scores_BTE / (jnp.sum(scores_BTE, axis=-1, keepdims=True) + TINY)
