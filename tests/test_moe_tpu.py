@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh
 from llm_jax.alphabet import MESH_AXES
 from llm_jax.mesh import acts
 from llm_jax.model.config import LayerConfig, ModelConfig, MoeConfig
+from llm_jax.model.grouped_matmul import grouped_matmul
 from llm_jax.model.moe import Moe
 from llm_jax.model.paths import placed
 from llm_jax.model.weights import Balance
@@ -23,18 +24,14 @@ pytestmark = pytest.mark.slow
 B, T, D = 8, 256, 256
 
 
-@pytest.fixture
-def mesh(monkeypatch) -> Mesh:
-    """Eight v5e chips: fsdp 2 x expert 4."""
-    # No metadata server is asked, and several test processes may compile at once.
+@pytest.fixture(autouse=True)
+def without_chips(monkeypatch) -> None:
+    """No metadata server is asked, and several test processes may compile at once."""
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     monkeypatch.setenv("TPU_WORKER_ID", "0")
     monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-    devices = mesh_utils.create_device_mesh((1, 2, 1, 1, 4), devices=topology.devices)
-    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
 def compiled_text(moe: MoeConfig, mesh: Mesh) -> str:
@@ -56,12 +53,27 @@ def compiled_text(moe: MoeConfig, mesh: Mesh) -> str:
         return gradient.lower(params, balance, x_BTD, real_BT).compile().as_text() or ""
 
 
-def count(text: str, collective: str) -> int:
-    return len(re.findall(rf" {collective}(?:-start)?\(", text))
-
-
-def test_ragged_all_to_all_compiles(mesh):
+def test_ragged_all_to_all_compiles():
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    placed_devices = mesh_utils.create_device_mesh((1, 2, 1, 1, 4), devices=devices)
+    mesh = Mesh(placed_devices, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
     moe = MoeConfig(d_ff=256, balance_rate=0.01, exchange="ragged_all_to_all", grouped_matmul="ragged")
     text = compiled_text(moe, mesh)
     # Tokens and gates there, results back; and each of them once more in the backward pass.
-    assert count(text, "ragged-all-to-all") == 6
+    assert len(re.findall(r" ragged-all-to-all-start\(", text)) == 6
+
+
+def test_ragged_matmul_does_only_its_work():
+    """On a v5p, forward and backward; libtpu 0.0.52 does E times the work on v4, v5e, v6e and tpu7x."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
+    R, D, F, E = 4096, 256, 512, 8
+
+    def both(x_RD: Array, weight_EDF: Array, sizes_E: Array, dy_RF: Array) -> Any:
+        y_RF, pull = jax.vjp(lambda x, weight: grouped_matmul(x, weight, sizes_E, "ragged"), x_RD, weight_EDF)
+        return y_RF, pull(dy_RF)
+
+    shapes = ((R, D), jnp.bfloat16), ((E, D, F), jnp.bfloat16), ((E,), jnp.int32), ((R, F), jnp.bfloat16)
+    there = jax.sharding.SingleDeviceSharding(device)
+    compiled = jax.jit(both).lower(*(jax.ShapeDtypeStruct(*shape, sharding=there) for shape in shapes)).compile()
+    cost: Any = compiled.cost_analysis()
+    assert cost["flops"] < 1.1 * 3 * 2 * R * D * F
