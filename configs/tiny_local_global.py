@@ -3,9 +3,9 @@
     llm-jax train configs/tiny_local_global.py
     llm-jax eval runs/tiny_local_global
 
-Every third layer looks at its whole document, the others at the last 32 positions, with a rotary base of their own: four
-layers are one period of three, which the scan runs through, and a remainder of one. Expect 2.39 bits per byte of test
-text.
+Every third layer looks at its whole document, the others at the last 32 positions, with a rotary base of their own:
+four layers are one period of three, which the scan runs through, and a remainder of one. Expect 2.39 bits per byte of
+test text.
 """
 
 from llm_jax.data.config import DataConfig

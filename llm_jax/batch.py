@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from llm_jax.data.config import BOS_ID
+from llm_jax.data.config import BOS_ID, PAD_ID
 from llm_jax.mesh import acts
+
+# The segment number of padding.
+PADDING = -1
 
 
 @jax.tree_util.register_dataclass
@@ -41,11 +44,15 @@ def documents(rows_BU: Array) -> tuple[Array, Array]:
 
 
 def segments_and_positions(rows_ABU: Array, cross_documents: bool) -> tuple[Array, Array]:
-    """Those of the T = U - 1 tokens that a model reads, where it wants them; across documents a row is a single one."""
+    """Those of the T = U - 1 tokens that a model reads, where it wants them; across documents a row is a single one.
+
+    Padding is a segment of its own, PADDING, so that a model that looks both ways does not see it.
+    """
     segments_ABU, positions_ABU = documents(rows_ABU)
     if cross_documents:
         segments_ABU = jnp.zeros_like(segments_ABU)
         positions_ABU = jnp.zeros_like(positions_ABU) + jnp.arange(rows_ABU.shape[-1])[None, None]
+    segments_ABU = jnp.where(rows_ABU == PAD_ID, PADDING, segments_ABU)
     return place(segments_ABU[..., :-1]), place(positions_ABU[..., :-1])
 
 

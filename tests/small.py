@@ -31,7 +31,8 @@ CFG = ModelConfig(
 )
 B, U = 8, 33
 # What make_step wants to know beside config, objective, optimizer and steps.
-SETTINGS: dict[str, Any] = {"cross_documents": False, "seed": 0, "word_starts_V": np.arange(500).reshape(250, 2) % 3 == 0}
+WORD_STARTS_V = np.arange(2 * 250).reshape(250, 2) % 3 == 0
+SETTINGS: dict[str, Any] = {"cross_documents": False, "seed": 0, "word_starts_V": WORD_STARTS_V}
 
 # Half the compile time, or a quarter where XLA still has its older emitters: the same program to the partitioner, and
 # code that rounds elsewhere. For programs that are held against others compiled this way, not for times.

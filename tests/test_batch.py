@@ -37,7 +37,8 @@ def wrong_entries(mesh: dict[str, int]) -> int:
             if token == BOS_ID:
                 document, start = document + 1, t
             weight = 0.0 if target in (BOS_ID, PAD_ID) else 1.0
-            expected = (token, document, t - start, target, weight)
+            segment = batch.PADDING if token == PAD_ID else document
+            expected = (token, segment, t - start, target, weight)
             fields = (made.tokens_BT, made.segments_BT, made.positions_BT, made.targets_BN, made.weights_BN)
             wrong += sum(field[0, b, t] != value for field, value in zip(fields, expected, strict=True))
     return int(wrong)
@@ -75,7 +76,7 @@ def test_planted_defect_is_seen(module, name, defect, monkeypatch):
 
 def test_across_documents_a_row_is_one_document_and_weights_stay():
     inside, across = batch_of(ROWS, {}), batch_of(ROWS, {}, cross_documents=True)
-    assert not across.segments_BT.any()
+    np.testing.assert_array_equal(across.segments_BT[0], np.where(ROWS[:, :-1] == PAD_ID, batch.PADDING, 0))
     assert (across.positions_BT == np.arange(U - 1)).all()
     np.testing.assert_array_equal(across.weights_BN, inside.weights_BN)
 

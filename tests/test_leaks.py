@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from jax import Array
 
-from llm_jax.batch import Batch, documents, place
-from llm_jax.data.config import BOS_ID
+from llm_jax.batch import Batch, documents, place, segments_and_positions
+from llm_jax.data.config import BOS_ID, PAD_ID
 from llm_jax.model import attention, layers
 from llm_jax.model.config import LayerConfig, ModelConfig
 from llm_jax.model.sight import Sight
@@ -187,6 +187,29 @@ def test_another_document_changes_the_logits_by_exactly_nothing(name, backend, m
 @pytest.mark.parametrize("cfg", [CFG, LOCAL], ids=["causal", "local"])
 def test_packed_documents_have_the_loss_that_they_have_alone(cfg):
     assert loss_of_packing(cfg) < 2e-6
+
+
+def weight_of_padding(segments_of: Callable[[Array], Array]) -> float:
+    """The largest gradient, by the embedding of padding, of what documents' tokens become where all look both ways."""
+    devices = mesh_of()
+
+    def seen(params: nnx.State, rows_ABU: Array) -> Array:
+        batch: Batch = jax.tree.map(lambda x: x[0], causal.make_batch(rows_ABU, False))
+        model = nnx.merge(abstract_model(CFG).graph, params, {})
+        segments_BT = segments_of(rows_ABU)[0]
+        x_BTD, _ = model(batch.tokens_BT, segments_BT, batch.positions_BT, CFG, causal=False)
+        return jnp.sum(jnp.where((batch.tokens_BT != PAD_ID)[..., None], jnp.square(x_BTD), 0))
+
+    with jax.set_mesh(devices):
+        arguments = (put_weights(weights_of(CFG), CFG, devices), put(ragged_rows(0)[None], "ABU", devices))
+        gradient = jax.jit(jax.grad(seen), compiler_options=QUICKLY)(*arguments)
+        return float(jnp.max(jnp.abs(gradient["embed"][...][PAD_ID])))
+
+
+def test_nobody_looks_at_padding_and_a_segment_shared_with_it_is_seen():
+    assert weight_of_padding(lambda rows_ABU: segments_and_positions(rows_ABU, False)[0]) == 0
+    assert weight_of_padding(lambda rows_ABU: segments_and_positions(rows_ABU, True)[0]) == 0
+    assert weight_of_padding(lambda rows_ABU: place(documents(rows_ABU)[0][..., :-1])) > 1e-3
 
 
 # Planted defects.

@@ -22,15 +22,15 @@ QUICK = {("tiny_moe_mlm", 4)}
     ],
 )
 def test_killed_it_goes_on_bit_for_bit(config: str, accumulation: int, start: Start, tmp_path: Path) -> None:
-    wishes = (f"train.steps={STEPS}", f"train.accumulation={accumulation}", "train.batch_rows=32", "mesh.data=2", "mesh.expert=4")
+    wishes = (f"train.steps={STEPS}", f"train.accumulation={accumulation}", "mesh.data=1", "mesh.expert=4")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = start(*train(whole, *wishes, config=config)).wait()
+    done = start(*train(whole, *wishes, config=config), devices=4).wait()
     assert done.returncode == 0, done.stderr
-    running = start(*train(killed, *wishes, config=config))
+    running = start(*train(killed, *wishes, config=config), devices=4)
     wait_for(lambda: has_lines(killed, 10) and newest(killed) > 0, running)
     running.kill()
     assert len(curve(killed)) < STEPS, "it was finished before it was killed"
-    done = start(*train(killed, *wishes, config=config)).wait()
+    done = start(*train(killed, *wishes, config=config), devices=4).wait()
     assert done.returncode == 0 and "resumed from" in done.stdout, done.stderr
     assert_same_history(killed, whole, STEPS)
 
