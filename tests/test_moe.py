@@ -387,6 +387,30 @@ def test_grouped_matmul_is_a_matmul_a_group(backend):
         np.testing.assert_allclose(dweight_EDF[e], x_RD[start:stop].T @ dy_RF[start:stop], atol=1e-4)
 
 
+# What a CPU does not have, by its definition in JAX's documentation.
+
+
+def by_definition(
+    operand: Array, output: Array, starts: Array, sizes: Array, places: Array, received: Array, *, axis_name: str
+) -> Array:
+    """lax.ragged_all_to_all; not a number everywhere if a device expects other sizes than it is sent."""
+    operands = jax.lax.all_gather(operand, axis_name)
+    me = jax.lax.axis_index(axis_name)
+    starts, sizes, places = (jax.lax.all_gather(a, axis_name)[:, me] for a in (starts, sizes, places))
+    for sender in range(jax.lax.axis_size(axis_name)):
+        at = jnp.arange(output.shape[0]) - places[sender]
+        from_sender = ((at >= 0) & (at < sizes[sender])).reshape(-1, *[1] * (output.ndim - 1))
+        output = jnp.where(from_sender, operands[sender].at[starts[sender] + at].get(mode="clip"), output)
+    return jnp.where(jnp.all(sizes == received), output, jnp.nan)
+
+
+def test_ragged_all_to_all_as_it_is_defined(monkeypatch):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", by_definition)
+    cfg = config(exchange="ragged_all_to_all", grouped_matmul="blocked")
+    given, mesh = inputs(cfg), mesh_of(**MESHES["expert 4 x fsdp 2"])
+    assert_right(result(compiled(cfg, mesh, given), cfg, mesh, given), expected("all_gather x blocked", given))
+
+
 # Communication.
 
 
