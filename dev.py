@@ -100,7 +100,8 @@ def test(args: list[str]) -> int:
     """Runs pytest; with --all the slow tests too, and then the ordinary ones on another Python, where there is one."""
     everything = "--all" in args
     rest = [arg for arg in args if arg != "--all"]
-    python = environment(".venv", HERE, ["test"])
+    # The slow tests compile for TPUs too.
+    python = environment(".venv", HERE, ["test", "tpu"] if everything else ["test"])
     suite = [*PYTEST, str(min(cores(), 8))]
     ordinary = [*suite, "-m", "not slow", *rest]
     if not everything:

@@ -162,7 +162,7 @@ class ModelConfig(Config):
     global_tokens: Annotated[int, Ge(0)] = 0
     """In layers with a block, a document's first so many tokens see all of it and are seen by all of it."""
     bias: Literal["none", "qkv", "all"] = "none"
-    """Projections that have a bias: none, queries, keys and values, or all of attention and MLP."""
+    """Projections that have a bias: none, queries, keys and values, or all of attention and of dense MLPs."""
     tied_embeddings: bool = False
     """The output head is the embedding table."""
     embedding_norm: bool = False

@@ -9,9 +9,9 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.mesh import acts
-from llm_jax.model.activation import activate
 from llm_jax.model.attention import attention
 from llm_jax.model.config import LayerConfig, ModelConfig
+from llm_jax.model.mlp import Mlp
 from llm_jax.model.moe import Moe, Routing
 from llm_jax.model.norms import Norm, rms_norm
 from llm_jax.model.rope import Angles, rotate
@@ -83,35 +83,6 @@ class Attention(nnx.Module):
         return checkpoint_name(plus(o_BTD, self.o_bias), "attention_out")
 
 
-class Mlp(nnx.Module):
-    """A gated MLP (three matrices) or a plain one (two), with or without biases."""
-
-    gate_bias: Weight | None
-    up_bias: Weight | None
-    down_bias: Weight | None
-
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
-        dims, biased = cfg.dims, cfg.bias == "all"
-        if cfg.gated:
-            self.gate = matrix("DF", dims, rngs, fan_in="D")
-        self.up = matrix("DF", dims, rngs, fan_in="D")
-        self.down = matrix("FD", dims, rngs, fan_in="F", scale=residual_scale(cfg))
-        self.gate_bias = zeros("F", dims) if biased and cfg.gated else None
-        self.up_bias = zeros("F", dims) if biased else None
-        self.down_bias = zeros("D", dims) if biased else None
-
-    def __call__(self, x_BTD: Array, cfg: ModelConfig) -> Array:
-        """x_BTD in the compute type; returns the MLP's part of the sum."""
-        up_BTF = plus(project("BTD,DF->BTF", x_BTD, use(self.up, cfg)), self.up_bias)
-        up_BTF, gate_BTF = checkpoint_name(up_BTF, "mlp_up"), None
-        if cfg.gated:
-            gate_BTF = plus(project("BTD,DF->BTF", x_BTD, use(self.gate, cfg)), self.gate_bias)
-            gate_BTF = checkpoint_name(gate_BTF, "mlp_gate")
-        hidden_BTF = activate(cfg, gate_BTF, up_BTF)
-        y_BTD = project("BTF,FD->BTD", hidden_BTF, use(self.down, cfg), out_sharding=acts("BTD"))
-        return plus(y_BTD, self.down_bias)
-
-
 class Block(nnx.Module):
     """One layer: attention, then an MLP or experts.
 
@@ -133,7 +104,7 @@ class Block(nnx.Module):
         if layer.moe:
             self.moe = Moe(cfg, rngs)
         else:
-            self.mlp = Mlp(cfg, rngs)
+            self.mlp = Mlp(cfg, cfg.d_ff, rngs, biased=cfg.bias == "all")
         self.mlp_out_norm = Norm(cfg) if after else None
 
     def __call__(

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, P
-from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.config import ConfigError
 from llm_jax.mesh import acts
-from llm_jax.model.activation import activate
 from llm_jax.model.config import ModelConfig, MoeConfig
 from llm_jax.model.experts import Choices, ExpertWeights, apply_experts
-from llm_jax.model.weights import Balance, Weight, matrix, project, residual_scale, use
+from llm_jax.model.mlp import Mlp
+from llm_jax.model.weights import Balance, Weight, matrix, residual_scale, use
 
 # Added to a sum of scores before something is divided by it, as in DeepSeek-V3: scores can all be 0.
 TINY = 1e-20
@@ -77,7 +76,7 @@ class Moe(nnx.Module):
         zeros_E = jnp.zeros((cfg.moe.experts,), jnp.float32, out_sharding=P(None))
         self.bias = Balance(zeros_E) if cfg.moe.balance_rate > 0 else None
         if cfg.moe.shared_d_ff > 0:
-            self.shared = SharedMlp(cfg, rngs)
+            self.shared = Mlp(cfg, cfg.moe.shared_d_ff, rngs, biased=False)
 
     def __call__(self, x_BTD: Array, real_BT: Array, cfg: ModelConfig) -> tuple[Array, Routing]:
         """The part that this adds to the residual stream, and what the router did, without L.
@@ -93,26 +92,6 @@ class Moe(nnx.Module):
         if cfg.moe.shared_d_ff > 0:
             y_BTD += self.shared(x_BTD, cfg)
         return y_BTD, routing(logits_BTE, scores_BTE, choices.experts_BTX, real_BT, dropped)
-
-
-class SharedMlp(nnx.Module):
-    """The experts' MLP at its own width, without a choice (DeepSeekMoE, Dai et al. 2024)."""
-
-    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
-        assert cfg.moe is not None
-        dims = {"D": cfg.d_model, "F": cfg.moe.shared_d_ff}
-        if cfg.gated:
-            self.gate = matrix("DF", dims, rngs, fan_in="D")
-        self.up = matrix("DF", dims, rngs, fan_in="D")
-        self.down = matrix("FD", dims, rngs, fan_in="F", scale=residual_scale(cfg))
-
-    def __call__(self, x_BTD: Array, cfg: ModelConfig) -> Array:
-        """x_BTD in the compute type; returns the MLP's part of the sum."""
-        up_BTF, gate_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, use(self.up, cfg)), "mlp_up"), None
-        if cfg.gated:
-            gate_BTF = checkpoint_name(project("BTD,DF->BTF", x_BTD, use(self.gate, cfg)), "mlp_gate")
-        hidden_BTF = activate(cfg, gate_BTF, up_BTF)
-        return project("BTF,FD->BTD", hidden_BTF, use(self.down, cfg), out_sharding=acts("BTD"))
 
 
 def router_logits(x_BTD: Array, router: Weight) -> Array:
