@@ -10,20 +10,31 @@ from tests.conftest import LaunchProcesses, Start, free_port
 from tests.training import assert_close, has_lines, newest, steps_written, train, wait_for
 
 
-@pytest.mark.parametrize("mesh", ["mesh.fsdp=8", "mesh.tensor=8"])
-def test_two_processes_are_one(launch_processes: LaunchProcesses, start: Start, tmp_path: Path, mesh: str) -> None:
+@pytest.mark.parametrize(
+    ("config", "mesh"),
+    [
+        ("tiny_causal", "mesh.fsdp=8"),
+        ("tiny_causal", "mesh.tensor=8"),
+        # Masks, choices of experts and their biases are the same too, or losses would not be.
+        pytest.param("tiny_moe_mlm", "mesh.expert=8", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_are_one(
+    launch_processes: LaunchProcesses, start: Start, tmp_path: Path, config: str, mesh: str
+) -> None:
     """2 processes of 4 devices against 1 of 8, with tensor parallelism across the two as well; one goes on with it."""
     two, one = tmp_path / "two", tmp_path / "one"
     shape = (mesh, "mesh.data=1")
-    for result in launch_processes(2, 4, train(two, *shape, "train.steps=12", "optim.schedule=constant")):
+    short = ("train.steps=12", "optim.schedule=constant")
+    for result in launch_processes(2, 4, train(two, *shape, *short, config=config)):
         assert result.returncode == 0, result.stdout + result.stderr
-    done = start(*train(one, *shape, "train.steps=12", "optim.schedule=constant"), devices=8).wait()
+    done = start(*train(one, *shape, *short, config=config), devices=8).wait()
     assert done.returncode == 0, done.stderr
     assert_close(two, one, 1e-6)
     # One process goes on with what two have saved; a longer run is a drift that shapes no constant schedule.
     more = ("train.steps=16", "optim.schedule=constant", "--allow-drift")
     for run_dir in (two, one):
-        done = start(*train(run_dir, *more)).wait()
+        done = start(*train(run_dir, *more, config=config)).wait()
         assert done.returncode == 0, done.stderr
         assert "allowed drift: train.steps: 12 -> 16" in done.stdout
     assert_close(two, one, 1e-5)
