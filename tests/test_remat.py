@@ -16,7 +16,7 @@ from jax import Array
 from jax.ad_checkpoint import print_saved_residuals
 
 from llm_jax.mesh import acts
-from llm_jax.model import layers
+from llm_jax.model import layers, mlp
 from llm_jax.model.config import LayerConfig, ModelConfig, TensorName
 from llm_jax.model.layers import Block, Rows, rematerialised
 from llm_jax.model.rope import angles
@@ -209,7 +209,8 @@ def test_planted_cast_before_the_product_adds_up_in_bfloat16(monkeypatch):
     def cast_first(equation, x, weight, out_sharding=None):
         return project(equation, x, weight.astype(x.dtype), out_sharding)
 
-    monkeypatch.setattr(layers, "project", cast_first)
+    for module in (layers, mlp):
+        monkeypatch.setattr(module, "project", cast_first)
     assert fsdp_types(with_policy("none", gather_dtype="float32", **WIDE)) == ({"float32"}, {"bfloat16"})
 
 
