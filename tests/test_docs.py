@@ -50,6 +50,7 @@ def test_the_readme_s_commands_run_as_they_stand(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "tiny_causal" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_quickstart_s_programs_in_a_row(cli: Cli, tmp_path: Path) -> None:
     """The three programs of `dev.py quickstart`, with few steps: it ends with a sample and the report's path."""
     data = f"data.dir={ROOT / '.cache' / 'data'}"
