@@ -25,8 +25,9 @@ from typing import Iterator, NamedTuple, NoReturn
 ROOT = pathlib.Path(__file__).resolve().parent
 OLDEST_MINOR, NEWEST_MINOR = 11, 14
 CONFIG, RUN_DIR = "configs/quickstart.py", "runs/quickstart"
-# The suite's workers share compiled programs within a test file, so a file stays with one worker.
-PYTEST = ["-m", "pytest", "--dist", "loadfile", "-n"]
+# The suite's workers share compiled programs within a test file, so a file stays with one worker; files come in the
+# order of tests/conftest.py, the longest first, and not in that of their numbers of tests.
+PYTEST = ["-m", "pytest", "--dist", "loadfile", "--no-loadscope-reorder", "-n"]
 HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 

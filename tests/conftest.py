@@ -36,6 +36,15 @@ assert "jax" not in sys.modules, "JAX was imported before tests/conftest.py coul
 os.environ |= EMULATED | STRICT
 
 
+# The files that take longest; begun last, they would keep one worker busy while the others wait.
+LONGEST = ("test_train_processes", "test_resume", "test_tiny_configs", "test_invariance", "test_docs", "test_train")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, all else in its order."""
+    items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
+
+
 @dataclasses.dataclass(frozen=True)
 class Running:
     """A started process; its output goes to files, so that it never waits for a reader."""

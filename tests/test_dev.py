@@ -337,7 +337,7 @@ def test_test_becomes_pytest(project: Project) -> None:
     (run,) = [call for call in project.calls() if isinstance(call, dict)]
     assert run["pid"] == process.pid
     cores = str(min(len(os.sched_getaffinity(0)), 8))
-    assert run["args"] == ["--dist", "loadfile", "-n", cores, "-m", "not slow", "-k", "mesh"]
+    assert run["args"] == ["--dist", "loadfile", "--no-loadscope-reorder", "-n", cores, "-m", "not slow", "-k", "mesh"]
 
 
 def second_python(project: Project, answers: str) -> str:
@@ -355,7 +355,7 @@ def test_all_is_everything_and_then_the_ordinary_tests_on_another_python(project
     done = project.run("test", "--all", "-x")
     assert done.returncode == 0
     calls = project.calls()
-    assert [call["args"][4:] for call in calls if isinstance(call, dict)] == [["-x"], ["-m", "not slow", "-x"]]
+    assert [call["args"][5:] for call in calls if isinstance(call, dict)] == [["-x"], ["-m", "not slow", "-x"]]
     venvs = [call for call in calls if isinstance(call, list) and call[0] == "venv"]
     assert [Path(call[-1]).name for call in venvs] == [".venv", f".venv-3.{minor}"]
     assert venvs[1][venvs[1].index("--python") + 1].endswith(f"3.{minor}.9/bin/python")
