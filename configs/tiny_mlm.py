@@ -4,7 +4,7 @@
     llm-jax eval runs/tiny_mlm
 
 Expect a loss that starts at about ln(1024) = 6.93, stays near 5.7 for a while, where only the pieces' frequencies are
-known, and goes on falling once attention finds the neighbours. After two minutes of a 4-core CPU, on held-out test
+known, and goes on falling once attention finds the neighbours. After 102 s on a 4-core CPU, on held-out test
 modules: 4.31 nats a masked token, perplexity 75, 25.2% guessed right.
 Heads are divisible by 4, widths, positions and rows by 8: it runs on 8 devices, tensor=8 excepted.
 """
