@@ -112,7 +112,7 @@ def write_run(session: Session) -> None:
 
 
 def describe(session: Session, report: Report) -> None:
-    """Tells in four lines what is about to run: model, devices with the backends settled on, length, and the peak for MFU."""
+    """Tells in four lines what is about to run: model, mesh and backends, length, and what MFU is a share of."""
     run, mesh = session.run, session.mesh
     device = mesh.devices.flat[0]
     epochs = run.train.steps * run.train.batch_rows / session.prepared.rows_info["splits"]["train"]["rows"]
