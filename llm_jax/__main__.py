@@ -15,6 +15,7 @@ VERBS = {
     "train": "train what a config describes, or go on with it where it stopped",
     "eval": "score a checkpoint on held-out text",
     "generate": "continue prompts with text from a checkpoint",
+    "launch": "train on many machines: Slurm, Kubernetes, or a rehearsal on this one",
     "report": "one HTML page from run directories: curves, figures, configs",
 }
 
@@ -63,6 +64,10 @@ def run_verb(argv: Sequence[str]) -> int:
             from llm_jax.eval import cli as evaluation
 
             return evaluation.generate(rest)
+        case "launch":
+            from llm_jax.launch import cli as launch
+
+            return launch.main(rest)
         case "report":
             from llm_jax.report import cli as report
 

@@ -18,7 +18,7 @@ from llm_jax.run import Run
 from llm_jax.run_directory import agree_on_directory, sole_trainer
 from llm_jax.train import environment
 from llm_jax.train.flops import CONVENTION, flops_per_token, parameters, peak_flops
-from llm_jax.train.guards import Guards
+from llm_jax.guards import Guards
 from llm_jax.train.ledger import Ledger
 from llm_jax.train.loop import train
 from llm_jax.train.metrics import open_log, short

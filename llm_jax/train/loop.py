@@ -9,7 +9,7 @@ from llm_jax import exit_codes
 from llm_jax.data.loader import open_rows, stream
 from llm_jax.mesh import acts
 from llm_jax.run import Run
-from llm_jax.train.guards import Guards
+from llm_jax.guards import Guards
 from llm_jax.train.ledger import Ledger
 from llm_jax.train.profiler import profiled
 from llm_jax.train.start import Session
