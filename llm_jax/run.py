@@ -19,7 +19,7 @@ from llm_jax.model.config import ModelConfig
 from llm_jax.objective import config as objective_config
 from llm_jax.objective.config import CausalConfig, ObjectiveConfig
 from llm_jax.optim.config import AdamWConfig, OptimConfig
-from llm_jax.train.config import CheckpointConfig, LoggingConfig, MeshConfig, TrainConfig
+from llm_jax.train.config import CheckpointConfig, LoggingConfig, MeshConfig, SpikesConfig, TrainConfig, WatchdogConfig
 
 # What may differ when a run goes on; everything else shapes the loss curve.
 FREE_TO_CHANGE = (
@@ -27,10 +27,12 @@ FREE_TO_CHANGE = (
     "name",
     "mesh",
     "checkpoint",
+    "watchdog",
     "eval",
     "logging",
     "data.prefetch",
     "data.dir",
+    "train.replay_every",
     "train.accumulation",
 )
 
@@ -58,8 +60,12 @@ class Run(Config):
     """How devices share the work; never changes the result."""
     train: TrainConfig = TrainConfig()
     """How long, and with how many rows at a time."""
+    spikes: SpikesConfig = SpikesConfig()
+    """Bad updates: skipped, and gone back past."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When to save, and what to keep."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """When a run that does not move is given up for a restart."""
     eval: EvalConfig = EvalConfig()
     """Looking at held-out text."""
     logging: LoggingConfig = LoggingConfig()
@@ -88,16 +94,22 @@ def check(run: Run) -> None:
     data_config.check(run.data)
     objective_config.check(run.objective)
     run.train.check()
+    run.spikes.check()
     run.optim.check(run.train.steps)
     run.eval.check(run.data.seq_len)
     check_axes(run.mesh)
     # An axis of -1 is checked when the devices are known; what is known now is checked now.
-    check_mesh(run, {axis: max(size, 1) for axis, size in dict(run.mesh).items()})
+    check_mesh(run, {axis: max(size, 1) for axis, size in axis_sizes(run.mesh).items()})
+
+
+def axis_sizes(mesh: MeshConfig) -> dict[str, int]:
+    """The size of each axis as it was asked for, -1 for the rest."""
+    return {axis: getattr(mesh, axis) for axis in alphabet.MESH_AXES}
 
 
 def check_axes(mesh: MeshConfig) -> None:
     """Raises ConfigError where the axes make no mesh on any number of devices."""
-    sizes = dict(mesh)
+    sizes = axis_sizes(mesh)
     for axis, size in sizes.items():
         if size == 0:
             raise ConfigError(f"mesh.{axis} = 0; an axis has at least 1 device (1 is off, -1 is the rest)")
@@ -107,7 +119,7 @@ def check_axes(mesh: MeshConfig) -> None:
 
 def mesh_sizes(mesh: MeshConfig, n_devices: int) -> dict[str, int]:
     """Axis sizes for n_devices, -1 resolved. Raises ConfigError where they do not fit."""
-    sizes = dict(mesh)
+    sizes = axis_sizes(mesh)
     known = math.prod(size for size in sizes.values() if size != -1)
     for axis, size in sizes.items():
         if size == -1:
