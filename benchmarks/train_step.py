@@ -22,8 +22,8 @@ from llm_jax.optim.config import AdamWConfig  # noqa: E402
 from llm_jax.run import Run, mesh_sizes  # noqa: E402
 from llm_jax.train.config import MeshConfig, TrainConfig  # noqa: E402
 from llm_jax.train.flops import CONVENTION, flops_per_token, mfu, peak_flops  # noqa: E402
-from llm_jax.train.start import compile_step  # noqa: E402
-from llm_jax.train.state import abstract_state, init_state  # noqa: E402
+from llm_jax.train.start import compile_programs  # noqa: E402
+from llm_jax.train.state import init_state  # noqa: E402
 
 
 def workload(layers: int, d: int, heads: int, ff: int, vocab: int, seq: int, batch: int) -> Run:
@@ -59,7 +59,7 @@ def measure(name: str, steps: int) -> dict[str, object]:
         # Which pieces begin a word matters to whole-word masking alone.
         word_starts_V = np.zeros((run.model.vocab_size, 2), bool)
         begun = time.perf_counter()
-        step = compile_step(run, abstract_state(run.model, run.optim), mesh, word_starts_V, report=lambda line: None)
+        step = compile_programs(run, mesh, word_starts_V, report=lambda line: None).step
         compile_s = time.perf_counter() - begun
         state = jax.jit(lambda: init_state(run.model, run.optim, run.seed))()
         rows_ABU = jax.device_put(random_rows(run), jax.NamedSharding(mesh, acts("ABU")))

@@ -10,6 +10,7 @@ its files is noticed before it is used. Every method is called by all processes,
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -30,7 +31,7 @@ from etils import epath
 from orbax.checkpoint.future import Future
 
 from llm_jax import durable, exit_codes, manifest, named_arrays
-from llm_jax.manifest import Damaged, Manifest
+from llm_jax.manifest import Damaged, Kind, Manifest
 from llm_jax.processes import settle
 
 RECORD = "record.json"
@@ -68,10 +69,13 @@ class Checkpoints:
         if not read_only:
             self._on_first("opened", f"no checkpoints can be saved in {directory}", self._clear)
 
-    def save(self, step: int, tree: Any, meta: Mapping[str, Any], *, wait: bool = False) -> None:
+    def save(
+        self, step: int, tree: Any, meta: Mapping[str, Any], *, kind: Kind = "regular", wait: bool = False
+    ) -> None:
         """Writes a tree of jax.Arrays and a JSON record as checkpoint `step`; returns when the arrays may be donated.
 
-        First waits for the save before this one. Raises CheckpointError for that one's failure, or if `step` exists.
+        kind says how long it stays: `keep` counts the regular ones. First waits for the save before this one. Raises
+        CheckpointError for that one's failure, or if `step` exists.
         """
         assert not self._read_only
         self.wait()
@@ -82,7 +86,7 @@ class Checkpoints:
         # The worker's thread has no event loop and no mesh, whatever the caller's thread has.
         copied = self._worker.submit(self._start_writing, self._unfinished(step), arrays)
         concurrent.futures.wait([copied])
-        self._pending = self._worker.submit(self._commit, step, copied, record, what)
+        self._pending = self._worker.submit(self._commit, step, copied, record, kind, what)
         if wait:
             self.wait()
 
@@ -103,15 +107,15 @@ class Checkpoints:
         """The numbers of the checkpoints that were completed, oldest first; their files are not looked at."""
         return json.loads(settle(f"{self._topic} steps", "", lambda _: json.dumps(self._numbers())))
 
-    def newest_intact(self) -> int | None:
-        """The newest checkpoint of which every bit is as it was written; None if there is none.
+    def newest_intact(self, before: int | None = None) -> int | None:
+        """The newest checkpoint (with a number below `before`) of which every bit is as it was written, or None.
 
         Damaged ones are told on stderr and, unless read_only, moved aside, so that their numbers can be saved again.
         """
         self.wait()
         damaged: set[int] = set()
         # Listed anew each time: beside a running trainer, a reader's list is soon out of date.
-        while steps := [step for step in self.steps() if step not in damaged]:
+        while steps := [s for s in self.steps() if s not in damaged and (before is None or s < before)]:
             step = steps[-1]
             damage = self._damage(step)
             if not damage:
@@ -150,10 +154,16 @@ class Checkpoints:
         self._together("restored", f"checkpoint {self._folder(step)} cannot be read", problem)
         return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[name] for name in wanted])
 
-    def restore_newest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """Number, arrays and record of the newest intact checkpoint, or None; see `newest_intact` and `restore`."""
-        step = self.newest_intact()
-        return None if step is None else (step, self.restore(step, abstract), self.meta(step))
+    def remove_after(self, step: int) -> None:
+        """Removes the checkpoints of an abandoned history. Raises CheckpointError if that cannot be done."""
+        self.wait()
+
+        def remove() -> None:
+            for number in self._numbers():
+                if number > step:
+                    self._remove(number)
+
+        self._on_first("remove", f"checkpoints after {step} cannot be removed from {self.directory}", remove)
 
     # Agreeing: process 0 acts, and all hear how it went.
 
@@ -234,7 +244,7 @@ class Checkpoints:
             weakref.finalize(self, self._loop.close)
         return problem
 
-    def _commit(self, step: int, copied: concurrent.futures.Future, record: bytes, what: str) -> None:
+    def _commit(self, step: int, copied: concurrent.futures.Future, record: bytes, kind: Kind, what: str) -> None:
         """Waits for every process's writes; then manifest, number, retention. Raises CheckpointError on all."""
         folder = self._unfinished(step)
         index, count = jax.process_index(), jax.process_count()
@@ -250,29 +260,31 @@ class Checkpoints:
                 digests = manifest.file_digests(folder, manifest.share(manifest.file_sizes(folder), index, count))
             except OSError as error:
                 problem = error
-            self._together("hashed", what, problem, digests, lambda shares: self._complete(step, shares))
+            self._together("hashed", what, problem, digests, lambda shares: self._complete(step, kind, shares))
         except CheckpointError:
             if index == 0:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
-    def _complete(self, step: int, shares: list[dict[str, str]]) -> None:
+    def _complete(self, step: int, kind: Kind, shares: list[dict[str, str]]) -> None:
         """Gives a written folder its manifest and its number, and retires the oldest; shares: digests by file."""
         folder = self._unfinished(step)
         sizes = manifest.file_sizes(folder)
         digests = {path: digest for share in shares for path, digest in share.items()}
         if sizes.keys() != digests.keys():
             raise OSError(None, "the processes see different files", str(folder))
-        durable.write(folder / manifest.NAME, manifest.encode(Manifest(step, sizes, digests)))
+        durable.write(folder / manifest.NAME, manifest.encode(Manifest(step, sizes, digests, kind)))
         folder.rename(self._folder(step))
         durable.flush_folder(self.directory)
-        whole = [number for number in self._numbers() if _is_listed(self._folder(number))]
-        for old in whole[: -self._keep]:
+        for old in manifest.retired(self._kinds(), self._keep):
             try:
-                # Without its number first, so that a kill in mid-removal leaves nothing that looks damaged.
-                shutil.rmtree(self._folder(old).rename(self._unfinished(old)))
+                self._remove(old)
             except OSError as error:
                 print(f"checkpoint {self._folder(old)} cannot be removed: {_one_line(error)}", file=sys.stderr)
+
+    def _remove(self, step: int) -> None:
+        # Without its number first, so that a kill in mid-removal leaves nothing that looks damaged.
+        shutil.rmtree(self._folder(step).rename(self._unfinished(step)))
 
     # Reading.
 
@@ -285,6 +297,14 @@ class Checkpoints:
     def _numbers(self) -> list[int]:
         names = os.listdir(self.directory) if self.directory.is_dir() else []
         return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+
+    def _kinds(self) -> dict[int, Kind]:
+        """How long each checkpoint is to stay; one whose manifest cannot be read is left alone."""
+        kinds = {}
+        for number in self._numbers():
+            with contextlib.suppress(Damaged):
+                kinds[number] = manifest.read(self._folder(number)).kind
+        return kinds
 
     def _damage(self, step: int) -> str:
         """What is wrong with a checkpoint, each process having read its share of it; empty if nothing."""
@@ -329,14 +349,6 @@ class Checkpoints:
 
         self._together("record", f"checkpoint {self._folder(step)} cannot be read", None, act=load)
         return json.loads(settle(f"{self._topic} record text", "", lambda _: text))
-
-
-def _is_listed(folder: Path) -> bool:
-    try:
-        manifest.read(folder)
-    except Damaged:
-        return False
-    return True
 
 
 def _one_line(error: Exception) -> str:

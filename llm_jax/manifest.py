@@ -10,6 +10,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
+
+# How long a checkpoint stays: until the next one is whole, among the newest few, for good.
+Kind = Literal["temporary", "regular", "permanent"]
 
 NAME = "manifest.json"
 
@@ -28,6 +32,15 @@ class Manifest:
     step: int
     sizes: Mapping[str, int]
     digests: Mapping[str, str]
+    kind: Kind = "regular"
+
+
+def retired(kinds: Mapping[int, Kind], keep: int) -> list[int]:
+    """The numbers of the checkpoints that are no longer kept, given the kind of each: the newest always is."""
+    newest = max(kinds, default=0)
+    regular = sorted(number for number, kind in kinds.items() if kind == "regular")
+    leaving = [number for number, kind in kinds.items() if kind == "temporary"] + regular[:-keep]
+    return sorted(number for number in leaving if number != newest)
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -64,6 +77,8 @@ def encode(manifest: Manifest) -> bytes:
     """The manifest as the bytes of its file, which end with a checksum of themselves."""
     files = {path: {"size": manifest.sizes[path], "sha256": manifest.digests[path]} for path in sorted(manifest.sizes)}
     content = {"format": 1, "step": manifest.step, "files": files}
+    if manifest.kind != "regular":
+        content["kind"] = manifest.kind
     own = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps(content | {"sha256": own}, indent=1).encode()
 
@@ -76,6 +91,7 @@ def decode(data: bytes) -> Manifest:
             files["step"],
             {path: entry["size"] for path, entry in files["files"].items()},
             {path: entry["sha256"] for path, entry in files["files"].items()},
+            files.get("kind", "regular"),
         )
         intact = encode(manifest) == data
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -27,6 +27,12 @@ from llm_jax.run_directory import Refused, agree_on_directory, sole_trainer
 BIG = 1 << 20  # elements of the one array that takes a while to write
 
 
+def restore_newest(checkpoints: Checkpoints, abstract: Any) -> tuple[int, Any, dict[str, Any]] | None:
+    """Number, arrays and record of the newest intact checkpoint."""
+    step = checkpoints.newest_intact()
+    return None if step is None else (step, checkpoints.restore(step, abstract), checkpoints.meta(step))
+
+
 def values(step: int) -> dict[str, Any]:
     """A training state of numpy arrays, another one for each step."""
     rng = np.random.default_rng(step)
@@ -107,7 +113,7 @@ def one_of_two(run_dir: Path) -> dict[str, Any]:
     with sole_trainer(run_dir):
         checkpoints = Checkpoints(run_dir / "checkpoints", keep=4)
         seen["steps"] = checkpoints.steps()
-        newest = checkpoints.restore_newest(abstract(values(1), mesh))
+        newest = restore_newest(checkpoints, abstract(values(1), mesh))
         assert newest is not None and newest[0] == 1
         assert_bitwise(newest[1], values(1))
         checkpoints.save(2, sharded(values(2), mesh), {"by": 2})

@@ -18,7 +18,7 @@ FLOORS = (
     (0, ("*.config", "alphabet", "exit_codes", "field_types", "config_errors", "command_line")),
     (0, ("mesh", "batch", "processes", "manifest", "named_arrays", "durable")),
     (1, ("model.*", "optim.*", "data.*")),
-    (2, ("objective.*", "checkpoint", "run_directory", "guards", "train.state", "train.step")),
+    (2, ("objective.*", "checkpoint", "run_directory", "guards", "train.state", "train.step", "train.spikes")),
     (3, ("run",)),
     (4, ("eval.*",)),
     (5, ("train.*",)),

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from llm_jax import alphabet, manifest
 from llm_jax.checkpoint import RECORD, STATE, CheckpointError, Checkpoints
 from llm_jax.mesh import make_mesh
+from tests.checkpoint_roles import restore_newest
 from tests.conftest import Start
 
 
@@ -93,7 +94,7 @@ def test_round_trip_is_bitwise_and_keeps_types(two_saved: Path, fsdp: Mesh) -> N
     wanted = sharded(values(2), fsdp)
     with opened(two_saved, read_only=True) as checkpoints:
         assert checkpoints.steps() == [1, 2]
-        newest = checkpoints.restore_newest(abstract(wanted))
+        newest = restore_newest(checkpoints, abstract(wanted))
         assert newest is not None
         step, tree, meta = newest
         assert (step, meta) == (2, {"loss": 2 / 3})
@@ -237,7 +238,7 @@ def test_damage_to_any_file_is_noticed_and_the_one_before_used(
             assert "is damaged" in capsys.readouterr().err
             assert reader.steps() == [1, 2]
         with opened(directory) as checkpoints:
-            newest = checkpoints.restore_newest(wanted)
+            newest = restore_newest(checkpoints, wanted)
             assert newest is not None and newest[0] == 1
             assert_bitwise(newest[1], values(1))
             told = capsys.readouterr().err.splitlines()

@@ -81,7 +81,7 @@ def test_names_are_the_models_and_tell_a_layers_number():
     with jax.set_mesh(mesh_of()):
         tree = jax.eval_shape(to_tree, abstract_state(DEEP, OPTIM))
         params = jax.eval_shape(to_tree, abstract_model(DEEP)[1])
-    assert sorted(tree) == ["batch_index", "opt_state", "params", "skipped", "step"]
+    assert sorted(tree) == ["batch_index", "opt_state", "params", "recent", "rollbacks", "skipped", "step"]
     assert sorted(tree["params"]) == ["embed", "layers", "norm", "unembed"]
     assert sorted(tree["params"]["layers"], key=int) == [str(i) for i in range(11)]
     layer = tree["params"]["layers"]["10"]

@@ -74,7 +74,7 @@ def read_resources(path: str, cls: type[R]) -> R:
 
 def is_retried(exit_code: int) -> bool:
     """Whether a restart that counts against the limit may help: after a stall, or a death by signal (128 + n, or -n)."""
-    return exit_code == STALLED or exit_code > 128 and exit_code != 130 or exit_code < 0
+    return exit_code == STALLED or (exit_code > 128 and exit_code != 130) or exit_code < 0
 
 
 def is_saved(exit_code: int) -> bool:

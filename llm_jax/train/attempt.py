@@ -1,29 +1,36 @@
 """One attempt at a run: from wherever its directory stands to the end, or to the signal that stops it."""
 
 import contextlib
+import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from jax import Array
 
 from llm_jax import config, exit_codes
+from llm_jax.checkpoint import Checkpoints
 from llm_jax.data.loader import open_rows
 from llm_jax.eval.validation import Validate, make_validation
+from llm_jax.guards import Guards
+from llm_jax.manifest import Kind
 from llm_jax.model import backends
 from llm_jax.model.paths import to_tree
 from llm_jax.model.transformer import Weights
 from llm_jax.processes import settle
 from llm_jax.run import Run
 from llm_jax.run_directory import agree_on_directory, sole_trainer
-from llm_jax.train import environment
+from llm_jax.train import environment, rollback
 from llm_jax.train.flops import CONVENTION, flops_per_token, parameters, peak_flops
-from llm_jax.guards import Guards
-from llm_jax.train.ledger import Ledger
-from llm_jax.train.loop import train
+from llm_jax.train.ledger import GoBack, Ledger, Wish
+from llm_jax.train.loop import Acts, train
 from llm_jax.train.metrics import open_log, short
-from llm_jax.train.start import Session, begin, checkpoint_meta, data_of, mesh_of
+from llm_jax.train.replay import differing, tell_difference
+from llm_jax.train.start import Programs, Session, begin, checkpoint_meta, compile_programs, data_of, mesh_of, state_at
 from llm_jax.train.state import TrainState
+from llm_jax.train.watchdog import Watchdog
 
 Report = Callable[[str], None]
 
@@ -39,23 +46,64 @@ def attempt(run: Run, *, allow_drift: bool) -> int:
     mesh = mesh_of(run)
     with Guards() as guards, sole_trainer(run.run_dir), jax.set_mesh(mesh):
         agree_on_directory(run.run_dir)
-        prepared = data_of(run, report)
-        if guards.stop():
-            return guards.exit_code
-        session = begin(run, mesh, prepared, allow_drift=allow_drift, report=report)
-        if session is None:
-            report(f"{run.run_dir} is finished after {run.train.steps} steps; next: llm-jax eval {run.run_dir}")
-            return exit_codes.DONE
-        with contextlib.closing(session.checkpoints):
-            describe(session, report)
-            report(f"ready for step {session.done + 1} after {time.monotonic() - started:.1f} s")
-            code = go(session, guards)
+        with Watchdog(run.run_dir, run.watchdog) as watch:
+            watch.at("prepare", 0)
+            prepared = data_of(run, report)
+            if guards.stop():
+                return unsaved(guards, report)
+            watch.at("restore", 0)
+            with contextlib.closing(Checkpoints(Path(run.run_dir, "checkpoints"), keep=run.checkpoint.keep)) as kept:
+                session = begin(run, mesh, prepared, kept, allow_drift=allow_drift, report=report)
+                if session is None:
+                    report(f"{run.run_dir} is finished after {run.train.steps} steps; next: llm-jax eval {run.run_dir}")
+                    return exit_codes.DONE
+                if guards.stop():
+                    return unsaved(guards, report)
+                watch.at("compile", session.done)
+                programs = compile_programs(session.run, mesh, prepared.tokenizer.word_starts, report)
+                if guards.stop():
+                    return unsaved(guards, report)
+                describe(session, report)
+                report(f"ready for step {session.done + 1} after {time.monotonic() - started:.1f} s")
+                return live(session, programs, guards, watch, report)
+
+
+def live(session: Session, programs: Programs, guards: Guards, watch: Watchdog, report: Report) -> int:
+    """The loop; and where too many updates were skipped, back to before them and on, until that has not helped."""
+    run = session.run
+    while True:
+        try:
+            code = go(session, programs, guards, watch)
             report(farewell(run, code))
             return code
+        except GoBack as too_many:
+            wish = too_many.wish
+        # Out of the handler, whose traceback keeps the state of the history that is left.
+        try:
+            rollback.check(wish, run.spikes.rollbacks, run.spikes.window)
+        except rollback.GivenUp as given_up:
+            # Told and returned, not raised: all processes came to this, and they leave together.
+            if jax.process_index() == 0:
+                print(given_up, file=sys.stderr)
+            return given_up.exit_code
+        watch.at("restore", wish.step)
+        session = gone_back(session, wish, report)
 
 
-def go(session: Session, guards: Guards) -> int:
-    """The loop with all that it writes: log, checkpoints, looks at held-out rows."""
+def gone_back(session: Session, wish: Wish, report: Report) -> Session:
+    """The session at the checkpoint before the first skipped update, and past the batches that were skipped."""
+    run, checkpoints = session.run, session.checkpoints
+    step = rollback.target(checkpoints, wish)
+    report(rollback.tell(wish, step or 0))
+    state = state_at(step, run, session.mesh, session.prepared, checkpoints, report)
+    checkpoints.remove_after(step or 0)
+    if jax.process_index() == 0:
+        rollback.record(run.run_dir, rollback.line(wish, step or 0))
+    return dataclasses.replace(session, state=rollback.moved_on(state, wish), done=step or 0)
+
+
+def go(session: Session, programs: Programs, guards: Guards, watch: Watchdog) -> int:
+    """The loop with all that it writes: log, checkpoints, looks at held-out rows. Raises GoBack."""
     run = session.run
     device = session.mesh.devices.flat[0]
     flops = flops_per_token(run.model, run.data.seq_len, run.objective)
@@ -69,19 +117,32 @@ def go(session: Session, guards: Guards) -> int:
 
     with open_log(run.run_dir, session.done, run.train.steps, run.logging, writes=is_first) as log:
 
-        def save(done: int, state: TrainState) -> None:
+        def save(done: int, state: TrainState, kind: Kind) -> None:
             # The lines of the updates that a checkpoint contains are on the disk before it is.
             log.sync()
-            session.checkpoints.save(done, name_arrays(state), meta)
+            session.checkpoints.save(done, name_arrays(state), meta, kind=kind)
 
         def validate(done: int, state: TrainState) -> None:
-            figures = look((state.params, state.balance), guards.stop)
+            def stop() -> bool:
+                watch.at("evaluation", done)
+                return guards.stop()
+
+            figures = look((state.params, state.balance), stop)
             if figures is not None:
                 log.write_validation({"step": done, **figures})
 
-        ledger = Ledger(log, flops, run.tokens_per_step, peak, session.mesh.size)
+        def replay(number: int, state: TrainState, rows_ABU: Array) -> dict[str, int]:
+            if run.train.replay_every is None or programs.checksums is None or number % run.train.replay_every:
+                return {}
+            names = differing(programs.checksums, state, rows_ABU)
+            if names and is_first:
+                print(tell_difference(number, names), file=sys.stderr, flush=True)
+            return {"replay_differs": len(names)}
+
+        ledger = Ledger(log, flops, run.tokens_per_step, peak, session.mesh.size, run.spikes.skips)
         validated = int(settle("validated", "", lambda _: str(log.validated)))
-        return train(session, guards, ledger, save=save, validate=validate, validated=validated)
+        acts = Acts(save, validate, replay)
+        return train(session, programs.step, guards, watch, ledger, acts, validated=validated)
 
 
 def make_look(session: Session) -> Validate:
@@ -135,3 +196,9 @@ def farewell(run: Run, code: int) -> str:
     if code == exit_codes.DONE:
         return f"done: {run.train.steps} steps; next: llm-jax eval {run.run_dir}"
     return f"saved in {run.run_dir}; the same command goes on from there"
+
+
+def unsaved(guards: Guards, report: Report) -> int:
+    """Stopped before the first step: tells so, and returns the exit code."""
+    report("stopped before the first step, with nothing new to save; the same command goes on from there")
+    return guards.exit_code

@@ -37,7 +37,7 @@ class TrainConfig(Config):
     """Run directory whose newest weights start this run (weights only; step 0, a fresh optimizer)."""
 
     replay_every: Annotated[int, Ge(1)] | None = None
-    """Before every so many updates the gradient is computed twice and its bits compared, to tell a bad chip; null is off."""
+    """Every so many updates the gradient is computed twice before and its bits compared: a bad chip shows; null: off."""
 
     def check(self) -> None:
         """Raises ConfigError where two fields contradict each other."""
@@ -55,16 +55,16 @@ class CheckpointConfig(Config):
     keep: Annotated[int, Ge(1)] = 3
     """The newest so many of those are kept."""
     minutes: Annotated[float, Gt(0)] | None = 30.0
-    """Save too when nothing was saved for so many minutes; such a checkpoint goes when the next is whole. Null is off."""
+    """Save too when nothing was saved for so many minutes; such a one goes when the next is whole. Null is off."""
     permanent_every: Annotated[int, Ge(1)] | None = None
     """Save after every so many updates for good: these are never removed. Null is off."""
 
 
 class SpikesConfig(Config):
-    """Updates that would do harm are skipped; where they are too many, the run goes back to before the first of them."""
+    """Updates that would do harm are skipped; where they are too many, the run goes back to before the first."""
 
     sigma: Annotated[float, Gt(0)] | None = 6.0
-    """Skip updates whose loss or gradient norm is so many standard deviations over its mean; null: non-finite ones only."""
+    """Skip updates whose loss or gradient norm is so many deviations over its mean; null: non-finite ones only."""
     window: Annotated[int, Ge(4)] = 128
     """Updates that mean and deviation are taken over; half of them have to be there first."""
     skips: Annotated[int, Ge(1)] = 10
@@ -76,6 +76,9 @@ class SpikesConfig(Config):
         """Raises ConfigError where two fields contradict each other."""
         if self.skips > self.window:
             raise ConfigError(f"spikes.skips = {self.skips} is more than spikes.window = {self.window}")
+
+
+DEFAULT_SPIKES = SpikesConfig()
 
 
 class WatchdogConfig(Config):

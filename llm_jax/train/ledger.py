@@ -1,66 +1,81 @@
 """Each update's metrics, fetched one step late so that the device never waits, judged, and written down."""
 
 import contextlib
+import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 
-from llm_jax import exit_codes
 from llm_jax.train.flops import FlopsPerToken, mfu
 from llm_jax.train.metrics import Log
-from llm_jax.train.step import Metrics
-
-# With so many non-finite updates in a row, the weights themselves are lost.
-GIVE_UP_AFTER = 10
 
 
-class NonFinite(exit_codes.Failure):
-    """Training cannot go on: update after update is not finite."""
+@dataclasses.dataclass(frozen=True)
+class Wish:
+    """Where a run that skipped too much wants to go on: before update first_skip, with the batch after `batch_index`.
 
-    exit_code = exit_codes.NON_FINITE
+    step: the last update judged; skips: of how many updates too many were skipped; rollbacks: how often it went before.
+    """
+
+    step: int
+    batch_index: int
+    skips: int
+    first_skip: int
+    rollbacks: int
+
+
+class GoBack(Exception):
+    """Too many updates were skipped; every process raises it after the same update."""
+
+    def __init__(self, wish: Wish) -> None:
+        super().__init__(wish)
+        self.wish = wish
 
 
 class Ledger:
     """Holds the update under way; its line is written when the device has finished it."""
 
     def __init__(
-        self, log: Log, flops: FlopsPerToken, tokens_per_step: int, peak: float | None, n_devices: int
+        self, log: Log, flops: FlopsPerToken, tokens_per_step: int, peak: float | None, n_devices: int, skips: int
     ) -> None:
-        """flops: of a token; tokens_per_step: positions of an update; peak: FLOP/s of one device, None if not known."""
+        """flops: of a token; tokens_per_step: positions of an update; peak: FLOP/s of one device, None if not known;
+        skips: so many skipped updates among the recent ones are too many."""
         self._log = log
+        self._too_many = skips
         self._tokens_per_step = tokens_per_step
         self._mfu = functools.partial(mfu, flops=flops, peak=peak, n_devices=n_devices)
-        self._under_way: tuple[int, Metrics, float] | None = None
+        self._under_way: tuple[int, Mapping[str, Any], float] | None = None
         self._window_start: float | None = None
         self._paused = 0.0
         self._saving = 0.0
-        self._bad_in_a_row = 0
         self.healthy = True
-        """Whether the last settled update was finite."""
+        """Whether the last settled update was made, and not skipped."""
 
-    def post(self, step: int, metrics: Metrics, wait_seconds: float) -> None:
+    def post(self, step: int, metrics: Mapping[str, Any], wait_seconds: float) -> None:
         """Takes the update that was just dispatched, and settles the one before it."""
         self.settle()
         self._under_way = (step, metrics, wait_seconds)
 
     def settle(self) -> None:
-        """Fetches and writes the update under way, if any. Raises NonFinite after too many bad ones in a row."""
+        """Fetches and writes the update under way, if any. Raises GoBack where too many were skipped."""
         if self._under_way is None:
             return
         step, on_device, wait_seconds = self._under_way
         self._under_way = None
-        metrics = {name: value.tolist() for name, value in jax.device_get(on_device).items()}
+        metrics = {name: np.asarray(value).tolist() for name, value in jax.device_get(on_device).items()}
+        skips, first_skip = metrics.pop("skips"), metrics.pop("first_skip")
         now = time.monotonic()
         # A window runs from one finished update to the next; the first one after a start has no beginning.
         seconds = None if self._window_start is None else now - self._window_start
         self._log.write({"step": step, **metrics, **self._speed(seconds, wait_seconds)})
         self._window_start, self._paused, self._saving = now, 0.0, 0.0
-        self.healthy = metrics["finite"]
-        self._bad_in_a_row = 0 if self.healthy else self._bad_in_a_row + 1
-        if self._bad_in_a_row == GIVE_UP_AFTER:
-            raise NonFinite(f"{GIVE_UP_AFTER} updates in a row were not finite, up to step {step}; given up")
+        self.healthy = metrics["finite"] and not metrics["spike"]
+        if not self.healthy and skips >= self._too_many:
+            raise GoBack(Wish(step, metrics["batch_index"], skips, first_skip, metrics["rollbacks"]))
 
     @contextlib.contextmanager
     def pause(self, *, saving: bool) -> Iterator[None]:

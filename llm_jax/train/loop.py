@@ -2,26 +2,42 @@
 
 import contextlib
 from collections.abc import Callable
+from typing import NamedTuple
 
-from jax import NamedSharding
+from jax import Array, NamedSharding
 
 from llm_jax import exit_codes
 from llm_jax.data.loader import open_rows, stream
-from llm_jax.mesh import acts
-from llm_jax.run import Run
 from llm_jax.guards import Guards
+from llm_jax.manifest import Kind
+from llm_jax.mesh import acts as placement
+from llm_jax.run import Run
 from llm_jax.train.ledger import Ledger
 from llm_jax.train.profiler import profiled
-from llm_jax.train.start import Session
+from llm_jax.train.saving import longer_lived, make_due
+from llm_jax.train.start import Session, Step
 from llm_jax.train.state import TrainState
+from llm_jax.train.watchdog import Watchdog
 
-Act = Callable[[int, TrainState], None]
+
+class Acts(NamedTuple):
+    """What the loop does beside updates.
+
+    save: with a checkpoint's kind, and validate: on (updates made, state); replay: on the next update's number, state
+    and batch, with what is to be noted beside its metrics.
+    """
+
+    save: Callable[[int, TrainState, Kind], None]
+    validate: Callable[[int, TrainState], None]
+    replay: Callable[[int, TrainState, Array], dict[str, int]]
 
 
-def train(session: Session, guards: Guards, ledger: Ledger, *, save: Act, validate: Act, validated: int) -> int:
+def train(
+    session: Session, step: Step, guards: Guards, watch: Watchdog, ledger: Ledger, acts: Acts, *, validated: int
+) -> int:
     """Makes updates until train.steps or a signal, saves the last state, and returns the exit code.
 
-    save and validate act on (updates made, state); validated is the last step that was validated before, or -1.
+    validated is the last step that was validated before, or -1. Raises GoBack where too many updates were skipped.
     """
     run, state, done = session.run, session.state, session.done
     rows = open_rows(session.prepared, "train", seed=run.seed)
@@ -30,33 +46,41 @@ def train(session: Session, guards: Guards, ledger: Ledger, *, save: Act, valida
         start=int(state.batch_index),
         batch_rows=run.train.batch_rows,
         accumulation=run.train.accumulation,
-        sharding=NamedSharding(session.mesh, acts("ABU")),
+        sharding=NamedSharding(session.mesh, placement("ABU")),
         prefetch=run.data.prefetch,
     )
-    saved, save_due = done, False
+    due = make_due(run.checkpoint, run.train.steps, done)
+    saved: int = done
+    save_due: Kind | None = None
     with contextlib.closing(batches), profiled(run.logging, run.run_dir) as profile:
         while True:
             if is_due(run.eval.every, done, run) and done > validated:
+                watch.at("evaluation", done)
                 with ledger.pause(saving=False):
-                    validate(done, state)
+                    acts.validate(done, state)
             if done == run.train.steps or guards.stop():
                 break
+            watch.at("data", done)
             fetched = next(batches)
+            watch.at("step", done)
+            noted = acts.replay(done + 1, state, fetched.rows_ABU)
             with profile(done + 1):
-                state, metrics = session.step(state, fetched.rows_ABU)
+                state, metrics = step(state, fetched.rows_ABU)
             done += 1
-            ledger.post(done, metrics, fetched.wait_seconds)
-            save_due |= is_due(run.checkpoint.every, done, run)
+            ledger.post(done, {**metrics, **noted}, fetched.wait_seconds)
+            save_due = longer_lived(save_due, due(done))
             if save_due:
                 ledger.settle()
             # A checkpoint that was due on a skipped update waits for the next healthy one.
             if save_due and ledger.healthy:
+                watch.at("checkpoint", done)
                 with ledger.pause(saving=True):
-                    save(done, state)
-                saved, save_due = done, False
+                    acts.save(done, state, save_due)
+                saved, save_due = done, None
         ledger.settle()
+    watch.at("checkpoint", done)
     if saved < done:
-        save(done, state)
+        acts.save(done, state, save_due or "temporary")
     session.checkpoints.wait()
     return exit_codes.DONE if done == run.train.steps else guards.exit_code
 

@@ -155,6 +155,8 @@ def format_line(line: Line, steps: int) -> str:
         shown.append(f"save {line['checkpoint_stall']:.0%}")
     if line.get("finite") is False:
         shown.append("not finite, skipped")
+    if line.get("spike"):
+        shown.append("a spike, skipped")
     if skipped:
         shown.append(f"{skipped} skipped so far")
     return "  ".join(shown)
@@ -204,7 +206,7 @@ class Screen:
                 figures += f"  {short(speed)} tok/s"
             self._bar.update(self._bar.task_ids[0], completed=step, figures=figures)
         ends = step in (self._first, self._steps)
-        if step % self._every == 0 or ends or line.get("finite") is False:
+        if step % self._every == 0 or ends or line.get("finite") is False or line.get("spike"):
             self.say(format_line(line, self._steps))
             self._tokens = self._seconds = self._waited = 0.0
 

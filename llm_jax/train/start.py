@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,9 @@ from llm_jax.model.transformer import abstract_model
 from llm_jax.processes import settle
 from llm_jax.run import FREE_TO_CHANGE, Run, check_mesh, mesh_sizes
 from llm_jax.run_directory import Refused
+from llm_jax.train.replay import Checksums, make_checksums
 from llm_jax.train.state import TrainState, abstract_state, init_state, with_weights
-from llm_jax.train.step import Metrics, make_step
+from llm_jax.train.step import Metrics, make_gradient, make_step
 
 FORMAT = 1
 
@@ -34,17 +35,26 @@ FORMAT = 1
 PLATFORM = ("model.attention", "model.logit_chunk", "model.moe.exchange", "model.moe.grouped_matmul")
 
 
+Step = Callable[[TrainState, Array], tuple[TrainState, Metrics]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What the loop works with; `done` is the number of updates that `state` has seen."""
+    """Where a run stands; `done` is the number of updates that `state` has seen."""
 
     run: Run
     mesh: Mesh
     prepared: Prepared
     checkpoints: Checkpoints
-    step: Callable[[TrainState, Array], tuple[TrainState, Metrics]]
     state: TrainState
     done: int
+
+
+class Programs(NamedTuple):
+    """What was compiled; checksums are of the gradient alone, where it is to be replayed."""
+
+    step: Step
+    checksums: Callable[[TrainState, Array], Checksums] | None
 
 
 def mesh_of(run: Run) -> Mesh:
@@ -75,38 +85,51 @@ def data_of(run: Run, report: Callable[[str], None]) -> Prepared:
 
 
 def begin(
-    run: Run, mesh: Mesh, prepared: Prepared, *, allow_drift: bool, report: Callable[[str], None]
+    run: Run,
+    mesh: Mesh,
+    prepared: Prepared,
+    checkpoints: Checkpoints,
+    *,
+    allow_drift: bool,
+    report: Callable[[str], None],
 ) -> Session | None:
-    """Restores the newest checkpoint, or makes the first state, and compiles the step; None for a finished run.
-
-    Needs the mesh set.
+    """Restores the newest checkpoint, or makes the first state; None for a finished run. Needs the mesh set.
 
     Raises Refused where a checkpoint was made by another config (unless allowed), weights or tokenizer.
     """
     platform = mesh.devices.flat[0].platform
     run = run.model_copy(update={"model": resolve(run.model, platform, mesh.shape["expert"])})
-    checkpoints = Checkpoints(Path(run.run_dir, "checkpoints"), keep=run.checkpoint.keep)
-    abstract = abstract_state(run.model, run.optim)
     newest = checkpoints.newest_intact()
     if newest is not None:
         refuse_drift(checkpoints.meta(newest), run, prepared, allow_drift, report)
         if newest == run.train.steps:
-            checkpoints.close()
             return None
-        state = restore_state(checkpoints, newest, abstract, mesh)
-        report(f"resumed from {checkpoints.directory / str(newest)}")
-    elif run.train.init_from is not None:
-        state = start_from(run.train.init_from, run, prepared, abstract, mesh, report)
-    else:
-        state = jax.jit(lambda: init_state(run.model, run.optim, run.seed))()
-    step = compile_step(run, abstract, mesh, prepared.tokenizer.word_starts, report)
-    return Session(run, mesh, prepared, checkpoints, step, state, done=newest or 0)
+    state = state_at(newest, run, mesh, prepared, checkpoints, report)
+    return Session(run, mesh, prepared, checkpoints, state, done=newest or 0)
 
 
-def compile_step(
-    run: Run, abstract: TrainState, mesh: Mesh, word_starts_V: np.ndarray, report: Callable[[str], None]
-) -> Callable:
-    """The run's update, compiled once for its shapes and mesh; a call with others is an error, not a recompile."""
+def state_at(
+    step: int | None,
+    run: Run,
+    mesh: Mesh,
+    prepared: Prepared,
+    checkpoints: Checkpoints,
+    report: Callable[[str], None],
+) -> TrainState:
+    """The state of a checkpoint; for None the first one, from the seed or with another run's weights."""
+    abstract = abstract_state(run.model, run.optim, run.spikes)
+    if step is not None:
+        tree = checkpoints.restore(step, placed(jax.eval_shape(to_tree, abstract), mesh))
+        state = jax.jit(lambda tree: from_tree(tree, abstract))(tree)
+        report(f"resumed from {checkpoints.directory / str(step)}")
+        return state
+    if run.train.init_from is not None:
+        return start_from(run.train.init_from, run, prepared, abstract, mesh, report)
+    return jax.jit(lambda: init_state(run.model, run.optim, run.seed, run.spikes))()
+
+
+def compile_programs(run: Run, mesh: Mesh, word_starts_V: np.ndarray, report: Callable[[str], None]) -> Programs:
+    """The run's update, compiled once for its shapes and mesh: a call with others is an error, not a recompile."""
     started = time.monotonic()
     step = make_step(
         run.model,
@@ -116,19 +139,25 @@ def compile_step(
         cross_documents=run.data.cross_documents,
         seed=run.seed,
         word_starts_V=word_starts_V,
+        spikes=run.spikes,
     )
     A = run.train.accumulation
     shape = (A, run.train.batch_rows // A, run.data.seq_len + 1)
     rows_ABU = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, acts("ABU")))
-    compiled = jax.jit(step, donate_argnums=0).lower(placed(abstract, mesh), rows_ABU).compile()
+    inputs = placed(abstract_state(run.model, run.optim, run.spikes), mesh), rows_ABU
+    compiled = jax.jit(step, donate_argnums=0).lower(*inputs).compile()
+    checksums = None
+    if run.train.replay_every is not None:
+        gradient_of = make_gradient(
+            run.model,
+            run.objective,
+            cross_documents=run.data.cross_documents,
+            seed=run.seed,
+            word_starts_V=word_starts_V,
+        )
+        checksums = jax.jit(make_checksums(gradient_of)).lower(*inputs).compile()
     report(f"compiled the step in {time.monotonic() - started:.1f} s")
-    return compiled
-
-
-def restore_state(checkpoints: Checkpoints, step: int, abstract: TrainState, mesh: Mesh) -> TrainState:
-    """The whole state of a checkpoint, on any mesh."""
-    tree = checkpoints.restore(step, placed(jax.eval_shape(to_tree, abstract), mesh))
-    return jax.jit(lambda tree: from_tree(tree, abstract))(tree)
+    return Programs(compiled, checksums)
 
 
 def start_from(
@@ -148,7 +177,7 @@ def start_from(
     @jax.jit
     def start(tree: Any) -> TrainState:
         weights = from_tree(tree, wanted)
-        return with_weights(weights["params"], weights["balance"], run.optim)
+        return with_weights(weights["params"], weights["balance"], run.optim, run.spikes)
 
     return start(tree)
 

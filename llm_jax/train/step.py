@@ -20,6 +20,8 @@ from llm_jax.objective import loss as objectives
 from llm_jax.objective.config import ObjectiveConfig
 from llm_jax.optim.config import OptimConfig
 from llm_jax.optim.optimizer import clip_scale, learning_rate, transform
+from llm_jax.train.config import DEFAULT_SPIKES, SpikesConfig
+from llm_jax.train.spikes import judge
 from llm_jax.train.state import TrainState, sharded_update
 
 Metrics = dict[str, Array]
@@ -48,22 +50,20 @@ def make_step(
     cross_documents: bool,
     seed: int,
     word_starts_V: np.ndarray,
+    spikes: SpikesConfig = DEFAULT_SPIKES,
 ) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
     """The function (state, rows_ABU) -> (state, metrics), to be jitted under the mesh it is called for.
 
     rows_ABU: int32 rows of U = T + 1 tokens; word_starts_V: Tokenizer.word_starts. Metrics are replicated
-    scalars: loss (nats a token), accuracy, z_loss, grad_norm (before clipping), lr, tokens (weighted), batch_hash
-    (uint32), finite (bool) and skipped (so far); with experts those of `health` too.
-    A non-finite loss or gradient leaves weights, balance and optimizer as they were.
+    scalars: loss (nats a token), accuracy, z_loss, grad_norm (before clipping), lr, tokens (weighted), batch_index,
+    batch_hash (uint32), finite and spike (bool), skipped and rollbacks (so far), skips and first_skip (spikes.Judged);
+    with experts those of `health` too.
+    An update that is not finite, or a spike, leaves weights, balance and optimizer as they were.
     """
+    gradient_of = make_gradient(cfg, objective, cross_documents=cross_documents, seed=seed, word_starts_V=word_starts_V)
 
     def step(state: TrainState, rows_ABU: Array) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.batch_index), MASKING)
-        keys_AB = row_keys(key, 0, *rows_ABU.shape[:2])
-        batch_A = objectives.make_batch(rows_ABU, keys_AB, objective, word_starts_V, cross_documents=cross_documents)
-        weights = objectives.weights(batch_A, cfg)
-        gradient, sums, loads = gradient_sums(state.params, state.balance, batch_A, weights, cfg, objective)
-
+        (gradient, sums, loads), weights = gradient_of(state, rows_ABU)
         norm = optax.tree.norm(gradient)
         gradient = jax.tree.map(lambda g: g * clip_scale(norm, optim).astype(g.dtype), gradient)
         update = sharded_update(transform(optim, matrices(state.params)), state)
@@ -72,24 +72,45 @@ def make_step(
         params = jax.tree.map(lambda p, d: p - lr * d, state.params, direction)
 
         metrics = {name: divide(value, weights[name]) for name, value in sums.items()}
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        judged = judge(state.recent, state.step, metrics["loss"], norm, spikes)
         before = (state.params, state.balance, state.opt_state)
         after = (params, rebalanced(state.balance, loads, cfg), opt_state)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
-        skipped = state.skipped + ~finite
+        kept = jax.tree.map(lambda new, old: jnp.where(judged.healthy, new, old), after, before)
+        skipped = state.skipped + ~judged.healthy
         metrics |= {
             "grad_norm": norm,
             "lr": lr,
             "tokens": weights["loss"].astype(jnp.int32),
-            "finite": finite,
+            "batch_index": state.batch_index,
+            "batch_hash": batch_hash(rows_ABU, state.batch_index),
+            "finite": judged.finite,
+            "spike": judged.spike,
             "skipped": skipped,
+            "rollbacks": state.rollbacks,
+            "skips": judged.skips,
+            "first_skip": judged.first_skip,
         }
-        metrics["batch_hash"] = batch_hash(rows_ABU, state.batch_index)
         if loads:
             metrics |= health(loads)
-        return TrainState(state.step + 1, state.batch_index + 1, skipped, *kept), metrics
+        counts = (state.step + 1, state.batch_index + 1, skipped, state.rollbacks)
+        return TrainState(*counts, judged.recent, *kept), metrics
 
     return step
+
+
+def make_gradient(
+    cfg: ModelConfig, objective: ObjectiveConfig, *, cross_documents: bool, seed: int, word_starts_V: np.ndarray
+) -> Callable[[TrainState, Array], tuple[Summed, Sums]]:
+    """The function (state, rows_ABU) -> (gradient and statistics, what each term was divided by)."""
+
+    def gradient_of(state: TrainState, rows_ABU: Array) -> tuple[Summed, Sums]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.batch_index), MASKING)
+        keys_AB = row_keys(key, 0, *rows_ABU.shape[:2])
+        batch_A = objectives.make_batch(rows_ABU, keys_AB, objective, word_starts_V, cross_documents=cross_documents)
+        weights = objectives.weights(batch_A, cfg)
+        return gradient_sums(state.params, state.balance, batch_A, weights, cfg, objective), weights
+
+    return gradient_of
 
 
 def gradient_sums(
@@ -165,10 +186,10 @@ def batch_hash(rows_ABU: Array, batch_index: Array) -> Array:
         return jax.lax.broadcasted_iota(jnp.uint32, (A, B, U), axis, out_sharding=acts("ABU"))
 
     row_ABU = batch_index.astype(jnp.uint32) * jnp.uint32(A * B) + index(0) * jnp.uint32(B) + index(1)
-    return jnp.sum(_mix(_mix(_mix(row_ABU) + index(2)) + rows_ABU.astype(jnp.uint32)), dtype=jnp.uint32)
+    return jnp.sum(mix(mix(mix(row_ABU) + index(2)) + rows_ABU.astype(jnp.uint32)), dtype=jnp.uint32)
 
 
-def _mix(x: Array) -> Array:
+def mix(x: Array) -> Array:
     """A bijection of uint32 in which every input bit moves every output bit (MurmurHash3's finaliser, Appleby 2011)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
