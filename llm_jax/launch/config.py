@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from annotated_types import Ge, Gt, MinLen
+from pydantic import Field
 
 from llm_jax.config import Config
 
@@ -21,7 +22,7 @@ class LocalResources(Config):
     """Restarts after a stall (76) or a death by signal; those after 75 are not counted."""
     grace_seconds: Annotated[float, Gt(0)] = 10.0
     """After the first failure the other processes get SIGTERM, and so many seconds later SIGKILL."""
-    environment: dict[str, str] = {}
+    environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every process."""
 
     @property
@@ -70,7 +71,7 @@ class SlurmResources(Config):
     """Where the logs go."""
     setup: tuple[str, ...] = ()
     """Shell lines before the program, such as "source .venv/bin/activate"."""
-    environment: dict[str, str] = {}
+    environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every process."""
 
     @property
@@ -97,12 +98,17 @@ class JobSetResources(Config):
     """Devices that each process sees."""
     accelerator: Name | None = None
     """Kubernetes resource that the devices are, such as google.com/tpu or nvidia.com/gpu; null asks for none."""
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes, such as cloud.google.com/gke-tpu-topology: 4x4x4."""
+    topology: Name | None = None
+    """Label of the nodes that a slice shares and no other slice has, such as cloud.google.com/gke-nodepool; null leaves
+    slices to the scheduler."""
+    host_network: bool = False
+    """Whether pods use their host's network directly: faster between slices."""
     cpu: Name | None = None
-    """Cores of a pod, as Kubernetes writes it."""
+    """Cores that a pod asks for, such as "24"."""
     memory: Name | None = None
-    """Memory of a pod, such as 200Gi."""
+    """Memory that a pod asks for, such as 200Gi."""
     namespace: Name | None = None
     """Namespace; null is kubectl's."""
     queue: Name | None = None
@@ -111,17 +117,17 @@ class JobSetResources(Config):
     """PriorityClass of the pods."""
     service_account: Name | None = None
     """Service account of the pods, for buckets."""
-    claims: dict[str, str] = {}
-    """PersistentVolumeClaims by the path at which they are mounted: run_dir and data.dir belong on one that all share."""
+    claims: dict[str, str] = Field(default_factory=dict)
+    """PersistentVolumeClaims by the path where they are mounted: run_dir and data.dir belong on one that all share."""
     working_dir: Name = "/llm_jax"
     """Where the program starts in the image: relative paths of configs, runs and data start there."""
     grace_seconds: Count = 300
     """From SIGTERM to SIGKILL: a step and a save have to fit."""
     restarts: Annotated[int, Ge(0)] = 3
     """Restarts after a stall (76) or a death by signal; those after 75 and a disruption are not counted."""
-    coordinator_port: Annotated[int, Ge(1024)] = 8476
-    """Port of process 0."""
-    environment: dict[str, str] = {}
+    coordinator_port: Annotated[int, Ge(1024)] = 8482
+    """Port of process 0. TPUs talk to each other on 8476."""
+    environment: dict[str, str] = Field(default_factory=dict)
     """Environment variables of every process."""
 
     @property

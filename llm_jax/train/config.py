@@ -37,7 +37,7 @@ class TrainConfig(Config):
     """Run directory whose newest weights start this run (weights only; step 0, a fresh optimizer)."""
 
     replay_every: Annotated[int, Ge(1)] | None = None
-    """Every so many updates the gradient is computed twice before and its bits compared: a bad chip shows; null: off."""
+    """Every so many updates the gradient is computed twice and its bits compared: a bad chip shows; null is off."""
 
     def check(self) -> None:
         """Raises ConfigError where two fields contradict each other."""
