@@ -1,7 +1,7 @@
 """A layer: attention, and an MLP or experts, each added to the residual stream, with norms before or after."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 from flax import nnx
@@ -17,6 +17,8 @@ from llm_jax.model.norms import Norm, rms_norm
 from llm_jax.model.rope import Angles, rotate
 from llm_jax.model.sight import Places, Sight
 from llm_jax.model.weights import Weight, matrix, ones, plus, project, residual_scale, use, zeros
+
+Kept = TypeVar("Kept")
 
 
 class Rows(NamedTuple):
@@ -56,16 +58,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: Array, rows: Rows, by: Angles | None, sight: Sight, cfg: ModelConfig) -> Array:
         """x_BTD in the compute type, by the angles that turn queries and keys; returns attention's part of the sum."""
-        q_BTHC = plus(project("BTD,DHC->BTHC", x_BTD, use(self.q, cfg)), self.q_bias)
-        k_BTKC = plus(project("BTD,DKC->BTKC", x_BTD, use(self.k, cfg)), self.k_bias)
-        v_BTKC = plus(project("BTD,DKC->BTKC", x_BTD, use(self.v, cfg)), self.v_bias)
-        if cfg.qk_norm:
-            q_BTHC = rms_norm(q_BTHC, self.q_norm, cfg.norm_eps)
-            k_BTKC = rms_norm(k_BTKC, self.k_norm, cfg.norm_eps)
-        if by is not None:
-            q_BTHC, k_BTKC = rotate(q_BTHC, by), rotate(k_BTKC, by)
-        q_BTHC, k_BTKC = checkpoint_name(q_BTHC, "q"), checkpoint_name(k_BTKC, "k")
-        v_BTKC = checkpoint_name(v_BTKC, "v")
+        q_BTHC, k_BTKC, v_BTKC = self.projected(x_BTD, by, cfg)
         # Keys and values of the whole row on every context rank: the one all-gather of context parallelism.
         k_BSKC, v_BSKC = jax.reshard((k_BTKC, v_BTKC), acts("BSKC"))
         o_BTHC = attention(
@@ -79,6 +72,23 @@ class Attention(nnx.Module):
             sinks_H=None if self.sinks is None else self.sinks[...],
             backend=cfg.attention,
         )
+        return self.added(o_BTHC, cfg)
+
+    def projected(self, x_BTD: Array, by: Angles | None, cfg: ModelConfig) -> tuple[Array, Array, Array]:
+        """Queries, keys and values, as they meet each other: normed and turned."""
+        q_BTHC = plus(project("BTD,DHC->BTHC", x_BTD, use(self.q, cfg)), self.q_bias)
+        k_BTKC = plus(project("BTD,DKC->BTKC", x_BTD, use(self.k, cfg)), self.k_bias)
+        v_BTKC = plus(project("BTD,DKC->BTKC", x_BTD, use(self.v, cfg)), self.v_bias)
+        if cfg.qk_norm:
+            q_BTHC = rms_norm(q_BTHC, self.q_norm, cfg.norm_eps)
+            k_BTKC = rms_norm(k_BTKC, self.k_norm, cfg.norm_eps)
+        if by is not None:
+            q_BTHC, k_BTKC = rotate(q_BTHC, by), rotate(k_BTKC, by)
+        q_BTHC, k_BTKC = checkpoint_name(q_BTHC, "q"), checkpoint_name(k_BTKC, "k")
+        return q_BTHC, k_BTKC, checkpoint_name(v_BTKC, "v")
+
+    def added(self, o_BTHC: Array, cfg: ModelConfig) -> Array:
+        """What all heads' outputs add to the residual stream."""
         o_BTD = project("BTHC,HCD->BTD", o_BTHC, use(self.o, cfg), out_sharding=acts("BTD"))
         return checkpoint_name(plus(o_BTD, self.o_bias), "attention_out")
 
@@ -111,15 +121,35 @@ class Block(nnx.Module):
         self, x_BTD: Array, rows: Rows, by: Angles | None, cfg: ModelConfig, layer: LayerConfig, *, causal: bool
     ) -> tuple[Array, Routing | None]:
         """The residual stream after this layer, and what its router did, if it has experts."""
-        sight = Sight(causal, layer.window, layer.block, cfg.global_tokens if layer.block else 0)
-        y_BTD = self.attention(_normed(x_BTD, self.attention_norm, cfg), rows, by, sight, cfg)
+
+        def attend(x_BTD: Array) -> tuple[Array, None]:
+            return self.attention(x_BTD, rows, by, sight_of(layer, cfg, causal=causal), cfg), None
+
+        x_BTD, routing, _ = self.around(x_BTD, attend, rows.real_BT, cfg, layer)
+        return x_BTD, routing
+
+    def around(
+        self,
+        x_BTD: Array,
+        attend: Callable[[Array], tuple[Array, Kept]],
+        real_BT: Array,
+        cfg: ModelConfig,
+        layer: LayerConfig,
+    ) -> tuple[Array, Routing | None, Kept]:
+        """This layer around any attention, which returns what it adds and what it wants to keep."""
+        y_BTD, kept = attend(_normed(x_BTD, self.attention_norm, cfg))
         x_BTD = _added(x_BTD, y_BTD, self.attention_out_norm, cfg)
         inside_BTD, routing = _normed(x_BTD, self.mlp_norm, cfg), None
         if layer.moe:
-            y_BTD, routing = self.moe(inside_BTD, rows.real_BT, cfg)
+            y_BTD, routing = self.moe(inside_BTD, real_BT, cfg)
         else:
             y_BTD = self.mlp(inside_BTD, cfg)
-        return _added(x_BTD, y_BTD, self.mlp_out_norm, cfg), routing
+        return _added(x_BTD, y_BTD, self.mlp_out_norm, cfg), routing, kept
+
+
+def sight_of(layer: LayerConfig, cfg: ModelConfig, *, causal: bool) -> Sight:
+    """Whom a layer's queries see."""
+    return Sight(causal, layer.window, layer.block, cfg.global_tokens if layer.block else 0)
 
 
 def _normed(x_BTD: Array, norm: Norm | None, cfg: ModelConfig) -> Array:

@@ -1,7 +1,7 @@
 """The transformer: a vocabulary-parallel embedding, layers of which whole periods run in one scan, an output head."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ class Transformer(nnx.Module):
         # The places of the whole row on every context rank, for keys: gathered once, for all layers.
         rows = Rows(here, Places(*jax.reshard(tuple(here), acts("BS"))), tokens_BT != PAD_ID)
         x_BTD = self.embedded(tokens_BT, positions_BT, cfg)
-        x_BTD, routing = self._through_layers(x_BTD, rows, cfg, causal)
+        x_BTD, routing = self._routed(x_BTD, rows, cfg, causal)
         return x_BTD if self.norm is None else self.norm(x_BTD, cfg), routing
 
     def embedded(self, tokens_BT: Array, positions_BT: Array, cfg: ModelConfig) -> Array:
@@ -95,39 +95,49 @@ class Transformer(nnx.Module):
             x_BTD = self.embedding_norm(x_BTD, cfg)
         return x_BTD.astype(cfg.compute_dtype)
 
-    def _through_layers(
-        self, x_BTD: Array, rows: Rows, cfg: ModelConfig, causal: bool
-    ) -> tuple[Array, dict[str, Routing]]:
-        by_theta = _angles_by_theta(rows.here.positions, cfg)
-        routings: dict[str, Routing] = {}
+    def _routed(self, x_BTD: Array, rows: Rows, cfg: ModelConfig, causal: bool) -> tuple[Array, dict[str, Routing]]:
+        by_theta = angles_by_theta(rows.here.positions, cfg)
 
-        def applied(x_BTD: Array, block: Block, layer: LayerConfig, in_scan: bool) -> tuple[Array, Routing | None]:
+        def apply(
+            x_BTD: Array, block: Block, layer: LayerConfig, nothing: None, *, in_scan: bool
+        ) -> tuple[Array, Routing | None]:
             def body(x_BTD: Array, block: Block) -> tuple[Array, Routing | None]:
                 return block(x_BTD, rows, by_theta.get(layer.rope_theta or cfg.rope_theta), cfg, layer, causal=causal)
 
             return rematerialised(body, cfg, in_scan=in_scan)(x_BTD, block)
 
-        def one_period(x_BTD: Array, blocks: dict[str, Block]) -> tuple[Array, dict[str, Routing]]:
-            routings = {}
+        x_BTD, routings = self.through_layers(x_BTD, apply, dict.fromkeys(self.layers), cfg)
+        return x_BTD, {name: _summed(routing) for name, routing in routings.items() if routing is not None}
+
+    def through_layers(
+        self, x_BTD: Array, apply: Callable, given: Mapping[str, Any], cfg: ModelConfig
+    ) -> tuple[Array, dict[str, Any]]:
+        """x_BTD after all layers, and what each of them returned, by the name of its place, stacked in front.
+
+        apply(x_BTD, block, its LayerConfig, what it is given, in_scan=) -> (x_BTD, what it returns); what is given is
+        stacked as what is returned.
+        """
+        returned: dict[str, Any] = {}
+
+        def one_period(x_BTD: Array, scanned: dict[str, tuple[Block, Any]]) -> tuple[Array, dict[str, Any]]:
+            returned = {}
             for place in cfg.period_places:
-                x_BTD, routing = applied(x_BTD, blocks[place.name], place.layer, in_scan=True)
-                if routing is not None:
-                    routings[place.name] = routing
-            return x_BTD, routings
+                block, mine = scanned[place.name]
+                x_BTD, returned[place.name] = apply(x_BTD, block, place.layer, mine, in_scan=True)
+            return x_BTD, returned
 
         def one_by_one(x_BTD: Array, places: Sequence[Place]) -> Array:
             for place in places:
-                x_BTD, routing = applied(x_BTD, self.layers[place.name], place.layer, in_scan=False)
-                if routing is not None:
-                    routings[place.name] = jax.tree.map(lambda x: x[None], routing)
+                mine = jax.tree.map(lambda x: x[0], given[place.name])
+                x_BTD, out = apply(x_BTD, self.layers[place.name], place.layer, mine, in_scan=False)
+                returned[place.name] = jax.tree.map(lambda x: x[None], out)
             return x_BTD
 
         x_BTD = one_by_one(x_BTD, cfg.leading_places)
-        scanned = {place.name: self.layers[place.name] for place in cfg.period_places}
-        x_BTD, routings_of_scan = jax.lax.scan(one_period, x_BTD, scanned, unroll=cfg.unroll)
+        scanned = {place.name: (self.layers[place.name], given[place.name]) for place in cfg.period_places}
+        x_BTD, of_scan = jax.lax.scan(one_period, x_BTD, scanned, unroll=cfg.unroll)
         x_BTD = one_by_one(x_BTD, cfg.remaining_places)
-        routings |= routings_of_scan
-        return x_BTD, {name: _summed(routing) for name, routing in routings.items()}
+        return x_BTD, returned | of_scan
 
     def head(self, cfg: ModelConfig) -> Head:
         """The output head."""
@@ -142,7 +152,7 @@ def _stacked(cfg: ModelConfig, place: Place, keys_L: Array) -> Block:
     return jax.vmap(lambda key: Block(cfg, place.layer, nnx.Rngs(params=key)))(keys_L)
 
 
-def _angles_by_theta(positions_BT: Array, cfg: ModelConfig) -> Mapping[float, Angles]:
+def angles_by_theta(positions_BT: Array, cfg: ModelConfig) -> Mapping[float, Angles]:
     """The rotary angles of every theta that a layer has; none with learned positions."""
     if cfg.learned_positions:
         return {}
