@@ -69,12 +69,13 @@ def _xla(
     T, S = q_BTHC.shape[1], k_BSKC.shape[1]
     t_T = jax.lax.broadcasted_iota(jnp.int32, (T,), 0, out_sharding=acts("T"))
     s_S = jax.lax.broadcasted_iota(jnp.int32, (S,), 0, out_sharding=acts("S"))
-    return _dense(q_BTHC, k_BSKC, v_BSKC, sinks_H, visible(here, there, t_T, s_S, sight), soft_cap)
+    return dense(q_BTHC, k_BSKC, v_BSKC, sinks_H, visible(here, there, t_T, s_S, sight), soft_cap)
 
 
-def _dense(
+def dense(
     q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, sinks_H: Array | None, visible_BTS: Array, soft_cap: float | None
 ) -> Array:
+    """Attention where it is known who sees whom; sinks_H are divided as the heads are."""
     scores_BKGTS = _masked(_scores(q_BTHC, k_BSKC, soft_cap), visible_BTS)
     if sinks_H is None:
         shares_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
@@ -212,7 +213,7 @@ def _looped(one_block: Callable[[Queries], Array], queries: Queries, block: int)
 def _block(
     soft_cap: float | None, q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, sinks_H: Array | None, visible_BTS: Array
 ) -> Array:
-    """_dense's numbers; the backward pass makes the scores again from the log-normalisers, as in FlashAttention
+    """dense's numbers; the backward pass makes the scores again from the log-normalisers, as in FlashAttention
     (Dao et al. 2022), instead of reading back what the softmax left."""
     return _block_forward(soft_cap, q_BTHC, k_BSKC, v_BSKC, sinks_H, visible_BTS)[0]
 

@@ -58,7 +58,10 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: Array, rows: Rows, by: Angles | None, sight: Sight, cfg: ModelConfig) -> Array:
         """x_BTD in the compute type, by the angles that turn queries and keys; returns attention's part of the sum."""
-        q_BTHC, k_BTKC, v_BTKC = self.projected(x_BTD, by, cfg)
+        return self.over(*self.projected(x_BTD, by, cfg), rows, sight, cfg)
+
+    def over(self, q_BTHC: Array, k_BTKC: Array, v_BTKC: Array, rows: Rows, sight: Sight, cfg: ModelConfig) -> Array:
+        """Attention's part of the sum, of what was projected."""
         # Keys and values of the whole row on every context rank: the one all-gather of context parallelism.
         k_BSKC, v_BSKC = jax.reshard((k_BTKC, v_BTKC), acts("BSKC"))
         o_BTHC = attention(
