@@ -1,106 +1,252 @@
-"""Text from a model, token by token, each by a full forward pass over the row so far."""
+"""Text from a model: prompts are read once, then tokens come in chunks from a loop on the device, with a cache."""
 
 import codecs
-import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array, P
+from jax import Array, NamedSharding, P
 
-from llm_jax.data.config import PAD_ID
+from llm_jax.data.config import BOS_ID, EOS_ID, PAD_ID
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.restore import row_parts
+from llm_jax.eval.sampling import Sampling, draw, row_keys
 from llm_jax.eval.scorer import on_mesh
 from llm_jax.mesh import acts
+from llm_jax.model import decode
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.transformer import Weights, abstract_model, logits
+from llm_jax.model.decode import Cache
+from llm_jax.model.transformer import Weights, abstract_model
 
-# Rows are this long, twice this, four times ... and at last as long as in training: few shapes, few compiles.
+# Prompts and caches are this long, twice this, four times ...: few shapes, few compiles.
 SHORTEST = 64
+# Tokens that the device makes before the host looks at them.
+CHUNK = 16
+# A text ends where its document ends or another begins.
+ENDS = (EOS_ID, BOS_ID)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How text is drawn: temperature 0 takes the likeliest token; a seed gives the same text on every mesh."""
+class Prompt(NamedTuple):
+    """The ids so far, BOS first, and the number by which a text's randomness is told from others'."""
 
-    max_tokens: int
-    temperature: float
-    seed: int
+    ids: Sequence[int]
+    row: int
 
 
-NextToken = Callable[[Weights, Sequence[int], Sampling, int], int]
+class Going(NamedTuple):
+    """Rows under way; all arrays but t are divided over the mesh by rows."""
+
+    t: Array
+    """The place in the rows of the next token, int32 scalar."""
+    logits_BV: Array
+    cache: Cache
+    seen_BV: Array | None
+    """Which tokens are there, where that matters."""
+    done_B: Array
+    row_B: Array
+    gone_B: Array
+    """Tokens of each text that are no longer in its row; places are counted without them, positions of draws with."""
 
 
-def make_next_token(cfg: ModelConfig, seq_len: int) -> NextToken:
-    """The function (weights, ids so far, sampling, row) -> the next id, seeing the last seq_len ids.
+class Decoder(NamedTuple):
+    """The compiled parts of decoding; `make_decoder` makes them."""
 
-    The draw's key is a function of the seed, the row and the position. The mesh is set, cfg's attention resolved.
+    begin: Callable[..., Going]
+    go_on: Callable[[Weights, Going, np.int32], tuple[Going, Array, Array]]
+    sampling: Sampling
+    seq_len: int
+
+
+def make_decoder(cfg: ModelConfig, seq_len: int, sampling: Sampling) -> Decoder:
+    """For weights of `decode.unrolled(cfg)`'s structure, and rows of seq_len places at most. The mesh is set.
+
+    Raises ConfigError where the mesh has a context axis.
     """
+    decode.check_mesh(jax.sharding.get_mesh())
     graph = abstract_model(cfg).graph
-    mesh = jax.sharding.get_mesh()
-    # The mesh's row axes need that many rows; all of them are the same one.
-    B = row_parts(mesh)
 
-    @jax.jit
-    def draw(
-        weights: Weights, tokens_BT: Array, last: Array, temperature: Array, seed: Array, row: Array, position: Array
-    ) -> Array:
-        model = nnx.merge(graph, *weights)
-        positions_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1, out_sharding=acts("BT"))
-        # What follows the last token is padding, and no token sees what follows it.
-        x_BTD, _ = model(tokens_BT, jnp.zeros_like(tokens_BT), positions_BT, cfg, causal=True)
-        x_BSD = jax.reshard(x_BTD, acts("BSD"))
-        last_BSD = jax.lax.dynamic_slice_in_dim(x_BSD, last, 1, axis=1)
-        logits_V = jax.reshard(logits(model, last_BSD, cfg), P())[0, 0]
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), position)
-        drawn = jax.random.categorical(key, logits_V / jnp.where(temperature > 0, temperature, 1))
-        return jnp.where(temperature > 0, drawn, jnp.argmax(logits_V)).astype(jnp.int32)
+    def begin(
+        weights: Weights, tokens_BT: Array, start_B: Array, from_B: Array, row_B: Array, gone_B: Array, slots: int
+    ) -> Going:
+        """Reads the prompts; texts that begin alike (from_B: the prompt's row, for each text) share the reading."""
+        logits_BV, cache = decode.prefill(nnx.merge(graph, *weights), tokens_BT, start_B, slots, cfg)
+        seen_BV = _seen(tokens_BT, start_B, logits_BV.shape[-1]) if sampling.remembers else None
+        logits_BV, cache, seen_BV = decode.rows_of((logits_BV, cache, seen_BV), from_B)
+        return Going(jnp.int32(tokens_BT.shape[1]), logits_BV, cache, seen_BV, row_B < 0, row_B, gone_B)
 
-    def next_token(weights: Weights, ids: Sequence[int], sampling: Sampling, row: int) -> int:
-        seen = np.asarray(ids[-seq_len:], np.int32)
-        T = row_length(len(seen), seq_len, mesh.shape["context"])
-        tokens_T = np.pad(seen, (0, T - len(seen)), constant_values=PAD_ID)
-        tokens_BT = on_mesh(np.broadcast_to(tokens_T, (B, T)))
-        last, temperature = np.int32(len(seen) - 1), np.float32(sampling.temperature)
-        where = (np.int32(sampling.seed), np.int32(row), np.int32(len(ids)))
-        return int(jax.device_get(draw(weights, tokens_BT, last, temperature, *where)))
+    def go_on(weights: Weights, going: Going, limit: Array) -> tuple[Going, Array, Array]:
+        """At most CHUNK tokens more, and none from place `limit` on; new_BN and done_B on every device."""
+        model, first = nnx.merge(graph, *weights), going.t
 
-    return next_token
+        def unfinished(carry: tuple[Going, Array]) -> Array:
+            going, _ = carry
+            return (going.t < jnp.minimum(first + CHUNK, limit)) & ~jnp.all(going.done_B)
+
+        def one(carry: tuple[Going, Array]) -> tuple[Going, Array]:
+            going, new_BN = carry
+            position_B = going.t - going.cache.start_B + going.gone_B
+            keys_B = row_keys(jnp.int32(sampling.seed), going.row_B, position_B)
+            drawn_B = draw(going.logits_BV, going.seen_BV, keys_B, sampling)
+            token_B = jnp.where(going.done_B, EOS_ID, drawn_B)
+            done_B = going.done_B | (token_B == EOS_ID) | (token_B == BOS_ID)
+            here_N = jnp.arange(CHUNK) == going.t - first
+            new_BN = jnp.where(here_N[None], token_B[:, None], new_BN)
+            seen_BV = going.seen_BV
+            if seen_BV is not None:
+                seen_BV |= token_B[:, None] == jnp.arange(seen_BV.shape[1])[None]
+            logits_BV, cache = decode.step(model, token_B, going.t, going.cache, cfg)
+            after = Going(going.t + 1, logits_BV, cache, seen_BV, done_B, going.row_B, going.gone_B)
+            return after, new_BN
+
+        nothing_BN = jnp.zeros_like(going.row_B)[:, None] + jnp.full(CHUNK, EOS_ID, jnp.int32)[None]
+        going, new_BN = jax.lax.while_loop(unfinished, one, (going, nothing_BN))
+        return going, *jax.reshard((new_BN, going.done_B), P())
+
+    return Decoder(jax.jit(begin, static_argnums=6), jax.jit(go_on, donate_argnums=1), sampling, seq_len)
 
 
-def row_length(n: int, seq_len: int, parts: int) -> int:
-    """The shortest row for n tokens, n <= seq_len: a multiple of parts, which divides seq_len."""
+def _seen(tokens_BT: Array, start_B: Array, V: int) -> Array:
+    """Bool [B, V]: which tokens a row has."""
+    real_BT = jnp.arange(tokens_BT.shape[1])[None] >= start_B[:, None]
+
+    def add(seen_BV: Array, column: tuple[Array, Array]) -> tuple[Array, None]:
+        token_B, real_B = column
+        return seen_BV | ((token_B[:, None] == jnp.arange(V)[None]) & real_B[:, None]), None
+
+    nothing_BV = (start_B[:, None] < 0) & jnp.ones(V, bool)[None]
+    return jax.lax.scan(add, nothing_BV, (tokens_BT.T, real_BT.T))[0]
+
+
+def decoding(decoder: Decoder, weights: Weights, prompts: Sequence[Prompt]) -> Iterator[list[list[int]]]:
+    """New ids of every prompt, a few at a time, until each has ended or has sampling.max_tokens of them.
+
+    A text that fills a row of seq_len goes on from its last half. What shares a batch makes no difference.
+    """
+    texts = [list(prompt.ids) for prompt in prompts]
+    ended = [False] * len(prompts)
+    left = decoder.sampling.max_tokens
+    while left > 0 and not all(ended):
+        room = min(left, max(decoder.seq_len // 2, 1))
+        kept = [text[-max(decoder.seq_len - room, 1) :] for text in texts]
+        T = min(length(max(map(len, kept))), decoder.seq_len - room)
+        T = max(T, max(map(len, kept)))
+        slots = min(length(T + left), decoder.seq_len)
+        going = _begun(decoder, weights, prompts, texts, kept, ended, T, slots)
+        t, limit = T, min(slots, T + left)
+        while t < limit and not all(ended):
+            going, new_BN, done_B = decoder.go_on(weights, going, np.int32(limit))
+            made = min(CHUNK, limit - t)
+            new_BN, done_B = jax.device_get((new_BN, done_B))
+            new = [
+                _until_end(ids[:made]) if not over else [] for ids, over in zip(new_BN.tolist(), ended, strict=False)
+            ]
+            texts = [text + ids for text, ids in zip(texts, new, strict=True)]
+            ended = [bool(over) for over in done_B[: len(prompts)]]
+            t, left = t + made, left - made
+            yield new
+
+
+def _begun(
+    decoder: Decoder,
+    weights: Weights,
+    prompts: Sequence[Prompt],
+    texts: Sequence[Sequence[int]],
+    kept: Sequence[Sequence[int]],
+    ended: Sequence[bool],
+    T: int,
+    slots: int,
+) -> Going:
+    """The texts' rows on the mesh, and what is the same in them read once."""
+    parts = row_parts(jax.sharding.get_mesh())
+    unique = list(dict.fromkeys(tuple(ids) for ids in kept))
+    rows = unique + [unique[0]] * (-len(unique) % parts)
+    tokens_BT = np.full((len(rows), T), PAD_ID, np.int32)
+    for row_T, ids in zip(tokens_BT, rows, strict=True):
+        row_T[T - len(ids) :] = ids
+    start_B = np.array([T - len(ids) for ids in rows], np.int32)
+    idle = -len(prompts) % parts
+    from_B = np.array([unique.index(tuple(ids)) for ids in kept] + [0] * idle, np.int32)
+    # Rows that only fill up the mesh, and texts that have ended, are done before they begin.
+    row_B = np.array([-1 if over else p.row for p, over in zip(prompts, ended, strict=True)] + [-1] * idle, np.int32)
+    gone = [len(text) - len(ids) for text, ids in zip(texts, kept, strict=True)]
+    gone_B = np.array(gone + [0] * idle, np.int32)
+    return decoder.begin(weights, on_mesh(tokens_BT), *map(by_row, (start_B, from_B, row_B, gone_B)), slots)
+
+
+def by_row(array_B: np.ndarray) -> Array:
+    """An array that every process has whole, divided over the set mesh by rows."""
+    sharding = NamedSharding(jax.sharding.get_mesh(), acts("B"))
+    return jax.make_array_from_callback(array_B.shape, sharding, lambda index: array_B[index])
+
+
+def length(n: int) -> int:
+    """The shortest row for n tokens: SHORTEST, twice that, ..."""
     length = SHORTEST
     while length < n:
         length *= 2
-    return min(-(-length // parts) * parts, seq_len)
+    return length
 
 
-def stream(
-    next_token: NextToken, weights: Weights, tokenizer: Tokenizer, prompt: str, sampling: Sampling, row: int = 0
-) -> Iterator[str]:
-    """The prompt's continuation, in pieces as they come; it ends after max_tokens, or where a document ends or begins.
-
-    row: the number of the prompt among others, so that each has its own randomness. Raises ValueError where the prompt
-    has lone surrogates.
-    """
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
-    # A character may be spelled by several tokens.
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for _ in range(sampling.max_tokens):
-        token = next_token(weights, ids, sampling, row)
-        if token in (tokenizer.eos_id, tokenizer.bos_id):
-            break
-        ids.append(token)
-        yield decoder.decode(tokenizer.piece_texts[token])
-    yield decoder.decode(b"", final=True)
+def _until_end(ids: Sequence[int]) -> list[int]:
+    return list(itertools.takewhile(lambda i: i not in ENDS, ids))
 
 
-def sample(
-    next_token: NextToken, weights: Weights, tokenizer: Tokenizer, prompt: str, sampling: Sampling, row: int = 0
-) -> str:
-    """The prompt's continuation as a whole; see `stream`."""
-    return "".join(stream(next_token, weights, tokenizer, prompt, sampling, row))
+class Text:
+    """New ids as text as far as it is certain: whole characters, and nothing of what may become a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._pieces = tokenizer.piece_texts
+        # A character may be spelled by several tokens.
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.stopped = False
+
+    def add(self, ids: Sequence[int], *, last: bool = False) -> str:
+        """What is certain now; last: nothing follows."""
+        if self.stopped:
+            return ""
+        spelled = b"".join(self._pieces[i] for i in ids)
+        self._held += self._decoder.decode(spelled, final=last)
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            told, self._held = self._held[: min(found)], ""
+            return told
+        unsure = 0 if last else max((_begins(self._held, stop) for stop in self._stops), default=0)
+        told, self._held = self._held[: len(self._held) - unsure], self._held[len(self._held) - unsure :]
+        return told
+
+
+def _begins(text: str, stop: str) -> int:
+    """How many characters at the end of a text are the beginning of a stop string."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def streams(
+    decoder: Decoder, weights: Weights, tokenizer: Tokenizer, prompts: Sequence[Prompt], stops: Sequence[str] = ()
+) -> Iterator[list[str]]:
+    """The prompts' continuations, the next piece of each as they come; a text ends before its first stop string."""
+    texts = [Text(tokenizer, stops) for _ in prompts]
+    for new in decoding(decoder, weights, prompts):
+        yield [text.add(ids) for text, ids in zip(texts, new, strict=True)]
+        if all(text.stopped for text in texts):
+            return
+    yield [text.add([], last=True) for text in texts]
+
+
+def continued(
+    decoder: Decoder, weights: Weights, tokenizer: Tokenizer, prompts: Sequence[Prompt], stops: Sequence[str] = ()
+) -> list[str]:
+    """The prompts' continuations as a whole; see `streams`."""
+    pieces = list(streams(decoder, weights, tokenizer, prompts, stops))
+    return ["".join(parts) for parts in zip(*pieces, strict=True)]
+
+
+def prompt_of(tokenizer: Tokenizer, text: str, row: int = 0) -> Prompt:
+    """A text as the beginning of a document. Raises ValueError where it has lone surrogates."""
+    return Prompt([tokenizer.bos_id, *tokenizer.encode(text).tolist()], row)

@@ -4,7 +4,7 @@ Prompts are aligned at their ends, so that all rows write at the same place; wha
 padding that nobody sees. A layer that looks back a window only has a cache of a window's length.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,22 @@ def step(model: Transformer, token_B: Array, t: Array, cache: Cache, cfg: ModelC
     x_BTD = model.embedded(token_BT, here.positions, cfg)
     x_BTD, pairs = model.through_layers(x_BTD, apply, cache.pairs, cfg)
     return _last_logits(model, x_BTD, cfg), Cache(pairs, cache.start_B)
+
+
+def rows_of(tree: Any, from_B: Array) -> Any:
+    """Row from_B[b] of every array, as row b: texts that begin alike, or beams that go on from one another.
+
+    Arrays are [B, ...], those of a cache [L, B, S, K, C]. Rows may move between devices.
+    """
+
+    def taken(x: Array) -> Array:
+        axis = 1 if x.ndim == 5 else 0
+        sharding = jax.typeof(x).sharding.spec
+        whole = jax.reshard(x, P(*(None if i == axis else part for i, part in enumerate(sharding))))
+        index_B = jax.reshard(from_B, P())
+        return whole.at[(slice(None),) * axis + (index_B,)].get(mode="clip", out_sharding=sharding)
+
+    return jax.tree.map(taken, tree)
 
 
 def _places(place_BT: Array, start_B: Array) -> Places:
