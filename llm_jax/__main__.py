@@ -3,11 +3,16 @@
 import difflib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
 from llm_jax.config import ConfigError
 from llm_jax.exit_codes import DONE, INTERRUPTED, MEANINGS, UNEXPECTED, USAGE, Failure
+
+# A process that goes only because another went leaves this much later: Kubernetes believes the first end that it sees,
+# and it looks about once a second. A memory limit's SIGKILL is to be retried, an exit code of 1 is not.
+ECHO_S = 5.0
 
 VERBS = {
     "config": "show a run: every field, its value, what it accepts, and its help",
@@ -94,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _leave(INTERRUPTED)
-    except Exception:  # noqa: BLE001  the last one to hear of it
+    except Exception as error:  # noqa: BLE001  the last one to hear of it
         traceback.print_exc()
-        return _leave(UNEXPECTED)
+        return _leave(UNEXPECTED, after_s=ECHO_S if _may_be_an_echo(error) else 0)
 
 
 def _together(exit_code: int) -> int:
@@ -107,12 +112,19 @@ def _together(exit_code: int) -> int:
     return exit_code
 
 
-def _leave(exit_code: int) -> int:
+def _may_be_an_echo(error: Exception) -> bool:
+    """Whether an error of JAX may come of another process's end: a collective that it had a part in breaks."""
+    jax = sys.modules.get("jax")  # what has not been imported is not running
+    return jax is not None and jax.distributed.is_initialized() and isinstance(error, jax.errors.JaxRuntimeError)
+
+
+def _leave(exit_code: int, after_s: float = 0.0) -> int:
     """The exit code; of several processes, this one is gone at once, since its peers would wait five minutes for it."""
     jax = sys.modules.get("jax")  # what has not been imported is not running
     if jax is not None and jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(after_s)
         os._exit(exit_code)
     return exit_code
 
