@@ -159,7 +159,9 @@ class Slurm:
 
     def lose(self, node: str) -> list[int]:
         """Everything of a node falls silent at once; returns the processes, which are there for the caller to end."""
-        self.daemons[f"slurmd {node}"].kill()
+        slurmd = self.daemons.pop(f"slurmd {node}")
+        slurmd.kill()
+        slurmd.wait()
         tasks = self.processes(f"SLURMD_NODENAME={node}")
         ours = set(self.processes())
         # A task's first process was started by the node's own.

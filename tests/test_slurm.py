@@ -217,16 +217,14 @@ def test_an_exception_in_one_process_ends_the_job(slurm: Slurm, tmp_path: Path) 
 @pytest.mark.slow
 def test_two_configs_are_an_array(slurm: Slurm, tmp_path: Path) -> None:
     """At the same time, on the same nodes, without meeting each other."""
-    configs = []
-    for name, seed in (("one", 1), ("two", 2)):
-        wishes = [*SMALL, "train.steps=8", f"seed={seed}", f"run_dir={tmp_path / name}", f"name={name}"]
-        configs.append(tmp_path / f"{name}.py")
-        configs[-1].write_text(
+    configs = [tmp_path / "one.py", tmp_path / "two.py"]
+    for config, lr in zip(configs, ("1e-3", "2e-3"), strict=True):
+        wishes = [*SMALL, f"run_dir={tmp_path / config.stem}", f"name={config.stem}", f"optim.lr={lr}"]
+        config.write_text(
             "from llm_jax.config import load, override\nfrom llm_jax.run import Run\n\n\ndef config():\n"
             f"    return override(load({str(ROOT / 'configs' / 'tiny_causal.py')!r}, Run), {wishes!r})\n"
         )
-    resources = TWO_NODES | {"tasks_per_node": 1, "coordinator_port": None}
-    job = launch(slurm, tmp_path, resources, *map(str, configs))
+    job = launch(slurm, tmp_path, TWO_NODES, *map(str, configs), "train.steps=8")
     for index, name in enumerate(("one", "two")):
         assert ended(slurm, f"{job}_{index}", tmp_path) == ("COMPLETED", 0), log(tmp_path)
         assert len(lines(tmp_path / name)) == 8
