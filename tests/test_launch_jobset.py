@@ -20,6 +20,7 @@ from llm_jax.launch.config import JobSetResources
 from llm_jax.launch.job import Job, is_retried, is_saved, read_job, read_resources
 from tests.conftest import ROOT, Cli, Running, Start, free_port
 from tests.jobset_pods import Death, Manifest, command, environment, expand, job_failure, pods, run, start_pods, verdict
+from tests.test_docs import commands
 from tests.training import SMALL, assert_same_history, curve, has_lines, train, wait_for
 
 TINY = str(ROOT / "configs" / "tiny_causal.py")
@@ -120,6 +121,15 @@ def test_the_examples_are_what_is_rendered(name: str, monkeypatch: pytest.Monkey
     text = jobset.render(read_job([f"configs/{config}"], overrides, resources), resources)
     assert text == Path("launch/examples", f"{name}.jobset.yaml").read_text()
     assert lost(yaml.safe_load(text)) == []
+
+
+def test_the_readme_s_command_prints_the_example(tmp_path: Path) -> None:
+    section = (ROOT / "launch" / "README.md").read_text().partition("## Kubernetes (JobSet)")[2].partition("\n## ")[0]
+    (line,) = commands(section)
+    image = image_of(tmp_path / "image", "-m", "llm_jax")
+    env = os.environ | {"PATH": f"{image}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-ec", line], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == (ROOT / "launch" / "examples" / "llama3_8b_tpu.jobset.yaml").read_text()
 
 
 def test_what_was_asked_for_is_where_kubernetes_looks_for_it() -> None:
@@ -328,8 +338,8 @@ def test_what_kubectl_has_to_say_is_one_line(kubectl: Path, monkeypatch: pytest.
 WORLD = """\
 import jax
 from jax.experimental import multihost_utils
-from llm_jax.{module} import join_processes
-join_processes()
+from llm_jax.distributed import join_processes
+join_processes(heartbeat_s=60, patience_s=60)
 total = multihost_utils.process_allgather(jax.numpy.float32(2.0 ** jax.process_index())).sum()
 print(jax.process_index(), jax.process_count(), jax.device_count(), jax.local_device_count(), int(total), flush=True)
 jax.distributed.shutdown()
@@ -348,8 +358,7 @@ def image_of(folder: Path, *python: str) -> Path:
 
 @pytest.mark.parametrize(("slices", "hosts"), [(2, 2), pytest.param(1, 3, marks=pytest.mark.slow)])
 def test_the_pods_form_one_world(start: Start, tmp_path: Path, slices: int, hosts: int) -> None:
-    module = "distributed" if (ROOT / "llm_jax" / "distributed.py").exists() else "mesh"
-    (tmp_path / "world.py").write_text(WORLD.format(module=module))
+    (tmp_path / "world.py").write_text(WORLD)
     resources = JobSetResources(
         image="image", slices=slices, hosts=hosts, devices_per_host=2,
         working_dir=str(tmp_path), coordinator_port=free_port(),
@@ -372,49 +381,31 @@ def test_a_wrong_name_of_the_coordinator_is_noticed() -> None:
         environment(everyone[0], [pod.host for pod in everyone])
 
 
-def training_pods(run_dir: Path, tmp_path: Path, *overrides: str) -> Manifest:
-    resources = JobSetResources(
-        image="image", hosts=2, devices_per_host=2, working_dir=str(tmp_path), coordinator_port=free_port(), restarts=1
-    )
-    wishes = {wish.partition("=")[0]: wish for wish in (*SMALL, f"run_dir={run_dir}", *overrides)}
-    return manifest(resources, *wishes.values())
-
-
 @pytest.mark.slow
 def test_pods_train_save_and_start_again(start: Start, tmp_path: Path) -> None:
-    """Two pods: one is asked to stop and all save, then one is killed; the curve is that of two undisturbed ones."""
-    image = image_of(tmp_path / "image", "-m", "llm_jax")
-    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-
-    def leave_alone(attempt: int, running: list[Running]) -> None:
-        pass
+    """One of two pods is asked to stop and both save, then both are killed: the curve of two undisturbed processes."""
+    image, pods_run, plain = image_of(tmp_path / "image", "-m", "llm_jax"), tmp_path / "pods", tmp_path / "plain"
+    short = ("train.steps=16",)
+    resources = JobSetResources(
+        image="image", hosts=2, working_dir=str(tmp_path), coordinator_port=free_port(), restarts=1
+    )
+    wishes = {wish.partition("=")[0]: wish for wish in (*SMALL, f"run_dir={pods_run}", *short)}
 
     def disturb(attempt: int, running: list[Running]) -> None:
-        if attempt < 2:
-            seen = len(curve(disturbed)) if (disturbed / "metrics.jsonl").exists() else 0
-            wait_for(lambda: has_lines(disturbed, seen + 6), running[0])
+        if attempt == 2:
+            return
+        seen = len(curve(pods_run)) if attempt else 0
+        wait_for(lambda: has_lines(pods_run, seen + 4), running[0])
         if attempt == 0:
             running[1].process.terminate()
-        elif attempt == 1:
-            running[1].process.kill()
+        else:
+            for pod in running:
+                pod.process.kill()
 
-    ended, attempts = run(training_pods(undisturbed, tmp_path), start, image, leave_alone)
-    assert (ended, attempts) == ("Completed", [[0, 0]])
-    ended, attempts = run(training_pods(disturbed, tmp_path), start, image, disturb)
-    assert ended == "Completed" and len(attempts) == 3
-    assert attempts[0] == [75, 75] and attempts[1][1] == 137 and attempts[2] == [0, 0]
-    assert_same_history(disturbed, undisturbed)
-
-
-@pytest.mark.slow
-def test_pods_train_as_two_processes_do(start: Start, tmp_path: Path) -> None:
-    """The same two processes without Kubernetes in between: bit for bit the same."""
-    image = image_of(tmp_path / "image", "-m", "llm_jax")
-    pods_run, plain = tmp_path / "pods", tmp_path / "plain"
-    for pod in start_pods(training_pods(pods_run, tmp_path), start, image):
-        assert pod.wait().returncode == 0
+    ended, attempts = run(manifest(resources, *wishes.values()), start, image, disturb)
+    assert (ended, attempts) == ("Completed", [[75, 75], [137, 137], [0, 0]])
     world = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
-    both = [start(*train(plain), devices=2, env=world | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    both = [start(*train(plain, *short), env=world | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
     for process in both:
         assert process.wait().returncode == 0
-    assert_same_history(pods_run, plain)
+    assert_same_history(pods_run, plain, 16)
