@@ -127,26 +127,29 @@ def unsettled(cfg: ModelConfig) -> ModelConfig:
 
 
 def default_mesh(trained: MeshConfig, n_devices: int) -> MeshConfig:
-    """The trained one where it takes all n_devices; else fsdp over all, since then whatever fits in them all fits."""
+    """The trained one where it takes all n_devices; else fsdp over all, since then whatever fits in them all fits.
+
+    Which devices a fast network joins is for these devices to say.
+    """
     try:
         if math.prod(mesh_sizes(trained, n_devices).values()) == n_devices:
-            return trained
+            return trained.model_copy(update={"slices": None})
     except ConfigError:
         pass
     return MeshConfig(data=1, fsdp=-1)
 
 
-def mesh_of(sizes: dict[str, int]) -> Mesh:
+def mesh_of(sizes: dict[str, int], slices: int | None) -> Mesh:
     """The mesh on the job's devices; one process may leave some idle, and says so.
 
-    Raises ConfigError where several processes would.
+    Raises ConfigError where several processes would, or where the devices are no such slices.
     """
     used, there = math.prod(sizes.values()), jax.device_count()
     if used < there:
         if jax.process_count() > 1:
             raise ConfigError(f"the mesh takes {used} of {there} devices; with several processes it must take all")
         print(f"the mesh takes {used} of {there} devices", file=sys.stderr)
-    return make_mesh(sizes)
+    return make_mesh(sizes, slices=slices)
 
 
 def row_parts(mesh: Mesh) -> int:
