@@ -11,6 +11,7 @@ import pytest
 from llm_jax.train import stalls
 from llm_jax.train.config import WatchdogConfig
 from llm_jax.train.stalls import Alarm, Beat, Look, Phase, Progress, Verdict
+from llm_jax.train.watchdog import Watchdog
 from tests.conftest import Running, Start, free_port
 from tests.training import has_lines, steps_written, train, wait_for
 
@@ -38,6 +39,24 @@ CONFIG = WatchdogConfig(factor=20, floor_s=180, grace_s=30, restore_s=500, compi
 )
 def test_each_phase_has_its_limit(phase: Phase, first: bool, median: float | None, limit: float) -> None:
     assert stalls.limit_s(CONFIG, Progress(7, phase, 3, first), median) == limit
+
+
+def test_what_comes_first_may_compile(tmp_path: Path) -> None:
+    """The first look at held-out rows, all its batches; and steps until one is done, which is seen two later."""
+    watch = Watchdog(tmp_path, CONFIG)
+
+    def firsts(*phases: Phase) -> list[bool]:
+        told: list[bool] = []
+        for phase in phases:
+            watch.at(phase, 0)
+            told.append(watch.progress.first)
+        return told
+
+    once = ("evaluation", "evaluation", "data", "step", "data", "step", "data", "step", "checkpoint", "evaluation")
+    for _ in range(2):
+        watch.at("restore", 0)
+        assert firsts(*once) == [True] * 7 + [False] * 3
+        assert not any(firsts(*once))
 
 
 def test_no_alarm_before_its_time() -> None:
