@@ -26,7 +26,7 @@ from tests.conftest import ROOT, STRICT
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 KILL_WAIT_S = 10
-GRACE_S = 20
+GRACE_S = 60
 
 CONF = """\
 ClusterName=lab
@@ -185,6 +185,21 @@ class Slurm:
         """Spares a requeued job the two minutes that Slurm lets it wait."""
         # The nodes have been told to start it no more: what was issued within that second is refused.
         self.run("scontrol", "update", f"jobid={number}", "StartTime=now+2")
+
+    def run_out(self, timeout: float) -> dict[str, Job]:
+        """Waits until every job, array elements each, has ended; what became of them, by their names in the logs."""
+        jobs: dict[str, Job] = {}
+
+        def over() -> bool:
+            queued = self.run("squeue", "--noheader", "--array", "--format=%i %T").splitlines()
+            for number, state in (line.split() for line in queued):
+                jobs[number] = self.job(number)
+                if state == "PENDING" and jobs[number].restarts:
+                    self.start_now(number)
+            return not queued
+
+        self.wait(over, timeout, "all jobs to end")
+        return {number: self.job(number) for number in jobs}
 
     def wait(self, condition: Callable[[], bool], timeout: float, what: str = "the nodes") -> None:
         """Waits until the condition holds; fails after timeout seconds, with what the daemons said."""

@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 # After preemption and the loss of a node Slurm starts the job again, and the run goes on from its last save.
 #SBATCH --requeue
-# So many seconds before the time limit (Slurm may be a minute early) the processes get SIGTERM and save,
+# So many seconds before the time limit, or a minute earlier, the processes get SIGTERM and save,
 # with exit code 75. With B: it would go to this script instead.
 #SBATCH --signal=TERM@120
 
