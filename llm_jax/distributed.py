@@ -229,14 +229,16 @@ def connect(job: Job, heartbeat_s: int, patience_s: int) -> None:
     thread = threading.Thread(target=initialize, name="join", daemon=True)
     thread.start()
     began, next_word = time.monotonic(), FIRST_WORD_S
+    # Process 0 gives up first, while it can still count those who came.
+    limit_s = patience_s + (job.process > 0)
     while thread.is_alive():
+        until = min(next_word, limit_s)
+        thread.join(max(until - (time.monotonic() - began), 0.01))
         waited = time.monotonic() - began
-        thread.join(max(min(next_word, patience_s) - waited, 0.01))
-        waited = time.monotonic() - began
-        if not thread.is_alive() or waited < min(next_word, patience_s):
+        if not thread.is_alive() or waited < until:
             continue
         obstacle, is_name = _obstacle(job)
-        if waited >= patience_s or (is_name and waited >= NAME_PATIENCE_S):
+        if waited >= limit_s or (is_name and waited >= NAME_PATIENCE_S):
             raise NobodyCame(f"process {job.process} of {job.processes} gave up after {waited:.0f} s: {obstacle}")
         print(
             f"process {job.process} of {job.processes} waits: {obstacle}, {waited:.0f} s", file=sys.stderr, flush=True

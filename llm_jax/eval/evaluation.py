@@ -21,7 +21,7 @@ from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.distributed import join_processes
 from llm_jax.eval.figures import figures
 from llm_jax.eval.fill import fill_first_row, in_brackets
-from llm_jax.eval.generate import Sampling, make_next_token, sample, stream
+from llm_jax.eval.generate import Sampling, make_next_token, stream
 from llm_jax.eval.perplexity import compressed, held_out_of, score_held_out, score_rows
 from llm_jax.eval.restore import Found, adapt, find, mesh_of, restore_weights, row_parts
 from llm_jax.eval.rows import make_ask, make_row_sums
@@ -214,12 +214,16 @@ def same_data(found: Found, run: Run) -> Prepared:
     return prepared
 
 
-def beginning_continued(weights: Weights, run: Run, tokenizer: Tokenizer, text: str, stop: Stop) -> Sample | None:
+def beginning_continued(weights: Weights, run: Run, tokenizer: Tokenizer, start: str, stop: Stop) -> Sample | None:
     """A document's beginning and the model's continuation of it; None where it was stopped."""
-    prompt = text[:PROMPT_CHARACTERS]
+    prompt = start[:PROMPT_CHARACTERS]
     next_token = make_next_token(run.model, run.data.seq_len)
-    continued = sample(next_token, weights, tokenizer, prompt, SAMPLING, stop=stop)
-    return None if continued is None else {"prompt": prompt, "text": continued}
+    texts: list[str] = []
+    for text in stream(next_token, weights, tokenizer, prompt, SAMPLING):
+        if stop():
+            return None
+        texts.append(text)
+    return {"prompt": prompt, "text": "".join(texts)}
 
 
 def show(name: str, result: Mapping[str, Any], text: Sample) -> None:

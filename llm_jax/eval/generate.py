@@ -14,7 +14,6 @@ from llm_jax.data.config import PAD_ID
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.restore import row_parts
 from llm_jax.eval.scorer import on_mesh
-from llm_jax.guards import Stop, never
 from llm_jax.mesh import acts
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Weights, abstract_model, logits
@@ -101,18 +100,7 @@ def stream(
 
 
 def sample(
-    next_token: NextToken,
-    weights: Weights,
-    tokenizer: Tokenizer,
-    prompt: str,
-    sampling: Sampling,
-    row: int = 0,
-    stop: Stop = never,
-) -> str | None:
-    """The prompt's continuation as a whole, see `stream`; None where stop, asked after each token, said so."""
-    texts: list[str] = []
-    for text in stream(next_token, weights, tokenizer, prompt, sampling, row):
-        if stop():
-            return None
-        texts.append(text)
-    return "".join(texts)
+    next_token: NextToken, weights: Weights, tokenizer: Tokenizer, prompt: str, sampling: Sampling, row: int = 0
+) -> str:
+    """The prompt's continuation as a whole; see `stream`."""
+    return "".join(stream(next_token, weights, tokenizer, prompt, sampling, row))
