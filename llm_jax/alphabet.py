@@ -7,6 +7,7 @@ E expert              X chosen expert  M slot in an expert
 P learned position    Y token type     O width inside the output head (as D, and whole)
 """
 
+import math
 from collections.abc import Mapping
 
 from llm_jax.config import ConfigError
@@ -48,6 +49,21 @@ def weight_axes(letters: str) -> tuple[str | None, ...]:
 def act_axes(letters: str) -> tuple[str | tuple[str, ...] | None, ...]:
     """The mesh axes of each letter of an activation."""
     return tuple(ACT_AXES.get(a) for a in letters)
+
+
+def over_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
+    """How many parts of each axis lie on different slices: data carries what it can of them, fsdp the rest.
+
+    sizes: axis -> size. Raises ConfigError where the two cannot be divided over so many slices.
+    """
+    data = math.gcd(sizes["data"], slices)
+    fsdp = slices // data
+    if sizes["fsdp"] % fsdp:
+        raise ConfigError(
+            f"mesh.slices = {slices}: mesh.data = {sizes['data']} and mesh.fsdp = {sizes['fsdp']} cannot be divided "
+            "over so many; the network between slices is too slow for the other axes"
+        )
+    return dict.fromkeys(MESH_AXES, 1) | {"data": data, "fsdp": fsdp}
 
 
 def check_divisible(sizes: Mapping[str, tuple[str, int]], mesh: Mapping[str, int], axes: Mapping) -> None:

@@ -64,6 +64,9 @@ def _locate(root: type[pydantic.BaseModel], loc: Sequence[int | str]) -> Place:
         elif isinstance(part, int) and here.items:
             path.append(str(part))
             here = here.items
+        elif here.values:
+            path.append(str(part))
+            here = here.values
         # What is left names an arm of a union without discriminator.
     return Place(tuple(path), here, section, union)
 

@@ -17,7 +17,7 @@ LIMITS = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most
 
 
 class Arm(NamedTuple):
-    """One alternative: a plain type, a Literal, a tuple[...] or a config class, and the limits on its value."""
+    """One alternative: a plain type, a Literal, tuple[...], dict[str, ...] or config class, and limits on its value."""
 
     kind: Any
     limits: tuple[Any, ...]
@@ -62,6 +62,14 @@ class Accepts(NamedTuple):
         for arm in self.arms:
             if get_origin(arm.kind) is tuple:
                 return _flatten(get_args(arm.kind)[0], ())
+        return None
+
+    @property
+    def values(self) -> "Accepts | None":
+        """What one value of the mapping among the arms accepts; None where there is no mapping."""
+        for arm in self.arms:
+            if get_origin(arm.kind) is dict:
+                return _flatten(get_args(arm.kind)[1], ())
         return None
 
 
@@ -175,6 +183,8 @@ def _kind_words(kind: Any) -> str:
         item = _flatten(get_args(kind)[0], ())
         plurals = [_PLURALS.get(arm.kind, getattr(arm.kind, "__name__", str(arm.kind))) for arm in item.arms]
         return "a list of " + (words(item) if item.choices else " or ".join(plurals))
+    if get_origin(kind) is dict:
+        return f"a mapping of names to {words(_flatten(get_args(kind)[1], ()))}"
     return _WORDS.get(kind, str(kind))
 
 

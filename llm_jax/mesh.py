@@ -1,28 +1,111 @@
 """The device mesh, and how letters become partition specs. Every mesh is explicit: shardings are part of types."""
 
+import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax import P
 from jax.sharding import AxisType, Mesh
 
-from llm_jax.alphabet import MESH_AXES, act_axes, weight_axes
+from llm_jax.alphabet import MESH_AXES, act_axes, over_slices, weight_axes
 from llm_jax.config import ConfigError
 
 # Without this an axis of size 1 stays in an array's type: P("data", None) would differ from P("data", "context").
 jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
 
+EXPLICIT = (AxisType.Explicit,) * len(MESH_AXES)
 
-def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """The explicit mesh of the given axis sizes; with too many devices it takes the first ones."""
-    n = math.prod(sizes.values())
-    devices = list(devices if devices is not None else jax.devices())[:n]
-    shape = tuple(sizes[axis] for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None, *, slices: int | None = None) -> Mesh:
+    """The explicit mesh of the given axis sizes; with too many devices it takes the first ones.
+
+    slices: groups of devices that only a slow network joins; data goes across it, then fsdp, and nothing else. None is
+    what the devices say, in plain order where that does not fit. Raises ConfigError where a number asked for does not.
+    """
+    devices = list(devices if devices is not None else jax.devices())[: math.prod(sizes.values())]
+    groups = slices_of(devices, slices)
+    try:
+        parts = parts_over(groups, sizes)
+    except ConfigError:
+        if slices is not None:
+            raise
+        groups, parts = [devices], over_slices(sizes, 1)
+    within = tuple(sizes[axis] // parts[axis] for axis in MESH_AXES)
+    blocks = np.stack([_arranged(group, within) for group in groups])
+    return Mesh(across(blocks, parts), MESH_AXES, axis_types=EXPLICIT)
+
+
+def told_slices(mesh: Mesh, slices: int | None) -> str:
+    """What a line about a mesh says of its slices, after the devices; nothing of one slice."""
+    groups = slices_of(list(mesh.devices.flat), slices)
+    if len(groups) == 1:
+        return ""
+    try:
+        parts = parts_over(groups, mesh.shape)
+    except ConfigError:
+        return f", in plain order: data and fsdp cannot be divided over the {len(groups)} slices"
+    return f", {len(groups)} slices joined by " + " x ".join(f"{axis} {n}" for axis, n in parts.items() if n > 1)
+
+
+def slices_of(devices: Sequence[Any], slices: int | None) -> list[list[Any]]:
+    """The devices of each slice; of None as the devices say: TPU slices, hosts of GPUs.
+
+    Raises ConfigError where the processes do not divide into so many slices as are asked for.
+    """
+    if slices == 1:
+        return [list(devices)]
+    said = _grouped(devices, _slice)
+    if slices is None or slices == len(said):
+        return said
+    # What the devices do not say, processes do: those that follow each other are one slice.
+    processes = _grouped(devices, lambda device: (_slice(device), device.process_index))
+    if len(processes) % slices:
+        n = f"{len(processes)} processes do" if len(processes) > 1 else "one process does"
+        raise ConfigError(f"mesh.slices = {slices}: {n} not divide into so many groups of equal size")
+    each = len(processes) // slices
+    return [list(itertools.chain(*processes[k * each : (k + 1) * each])) for k in range(slices)]
+
+
+def parts_over(groups: Sequence[Sequence[Any]], sizes: Mapping[str, int]) -> dict[str, int]:
+    """over_slices, for slices of these devices; raises ConfigError too where one of them has more than another."""
+    if len({len(group) for group in groups}) > 1:
+        n = ", ".join(str(len(group)) for group in groups)
+        raise ConfigError(f"mesh.slices = {len(groups)}: they have {n} devices, and must have equally many")
+    return over_slices(sizes, len(groups))
+
+
+def across(blocks: np.ndarray, parts: Mapping[str, int]) -> np.ndarray:
+    """A mesh's devices from each slice's own, [slice, *axes within] -> [*axes]; which slice it is comes first.
+
+    parts: over_slices.
+    """
+    _, data, fsdp, *inner = blocks.shape
+    outer = blocks.reshape(parts["data"], parts["fsdp"], data, fsdp, *inner)
+    return outer.swapaxes(1, 2).reshape(parts["data"] * data, parts["fsdp"] * fsdp, *inner)
+
+
+def _arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices in an order that suits their own network."""
+    if len({_slice(device) for device in devices}) > 1:
+        # JAX arranges one slice at a time, and refuses more.
+        return np.array(devices).reshape(shape)
+    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=EXPLICIT).devices
+
+
+def _slice(device: Any) -> int:
+    return getattr(device, "slice_index", 0)
+
+
+def _grouped(devices: Sequence[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for device in devices:
+        groups.setdefault(key(device), []).append(device)
+    return [groups[k] for k in sorted(groups)]
 
 
 def acts(letters: str) -> P:
@@ -38,48 +121,6 @@ def weights(letters: str) -> P:
 def gathered(letters: str) -> P:
     """The partition spec of a weight in use: as stored, but whole over fsdp."""
     return P(*(None if axis == "fsdp" else axis for axis in weight_axes(letters)))
-
-
-def join_processes() -> None:
-    """Joins the job's other processes, where the environment tells of any; comes before the first use of a device.
-
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID decide where they are set, else what JAX detects
-    (Slurm, Open MPI, TPU pods). Raises ConfigError where fewer processes come together than the launcher advertised.
-    """
-    triple = {name: os.environ.get(f"JAX_{name}") for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")}
-    missing = [f"JAX_{name}" for name, value in triple.items() if value is None]
-    if triple["NUM_PROCESSES"] is not None or triple["PROCESS_ID"] is not None:
-        if missing:
-            raise ConfigError(f"{', '.join(missing)} not set; several processes need all of the three variables")
-        advertised = _whole_number("NUM_PROCESSES", triple["NUM_PROCESSES"])
-        if advertised > 1:
-            process = _whole_number("PROCESS_ID", triple["PROCESS_ID"])
-            jax.distributed.initialize(triple["COORDINATOR_ADDRESS"], advertised, process)
-    else:
-        advertised = _advertised()
-        if advertised > 1:
-            try:
-                jax.distributed.initialize()
-            except ValueError as error:
-                raise ConfigError(f"the launcher says there are {advertised} processes; JAX: {error}") from error
-    if jax.process_count() != advertised:
-        raise ConfigError(f"{jax.process_count()} of the {advertised} processes that the launcher advertises joined")
-
-
-def _advertised() -> int:
-    """How many processes the launcher says there are; 1 without a launcher.
-
-    A bare `python` in an sbatch script has SLURM_NTASKS and no peers: without this count it would train alone.
-    """
-    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "localhost").split(",")
-    counts = [os.environ.get(name) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")]
-    return max([len(hosts), *(int(count) for count in counts if count)])
-
-
-def _whole_number(name: str, text: str | None) -> int:
-    if text is None or not text.isdecimal():
-        raise ConfigError(f"JAX_{name} = {text!r}: must be a whole number")
-    return int(text)
 
 
 def keep_compiled() -> None:

@@ -16,7 +16,7 @@ Graph = Mapping[str, tuple[set[str], set[str]]]
 FLOORS = (
     (6, ("*.cli", "sweep.*", "plan.*", "launch.*", "convert.*", "report.*", "show_config")),
     (0, ("*.config", "alphabet", "exit_codes", "field_types", "config_errors", "command_line")),
-    (0, ("mesh", "batch", "processes", "manifest", "named_arrays", "durable")),
+    (0, ("mesh", "distributed", "early_signals", "batch", "processes", "manifest", "named_arrays", "durable")),
     (1, ("model.*", "optim.*", "data.*")),
     (2, ("objective.*", "checkpoint", "run_directory", "guards", "train.state", "train.step", "train.spikes")),
     (3, ("run",)),

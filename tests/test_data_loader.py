@@ -251,8 +251,9 @@ from llm_jax.config import from_json
 from llm_jax.data.config import DataConfig, TokenizerConfig
 from llm_jax.data.loader import batch, open_rows, stream
 from llm_jax.data.prepare import open_prepared
-from llm_jax.mesh import acts, join_processes, make_mesh
-join_processes()
+from llm_jax.distributed import join_processes
+from llm_jax.mesh import acts, make_mesh
+join_processes(heartbeat_s=100, patience_s=60)
 rows = open_rows(open_prepared(from_json(DataConfig, sys.argv[1]), TokenizerConfig(), 400, 0), "train", 3)
 sizes = dict(data=1, fsdp=1, tensor=1, context=1, expert=1) | json.loads(sys.argv[2])
 sharding = jax.NamedSharding(make_mesh(sizes), acts("ABU"))

@@ -45,7 +45,7 @@ def test_the_readme_s_commands_run_as_they_stand(tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "Traceback" not in done.stderr
-    for run in ("tiny_causal", "own", "stopped", "mesh", "two"):
+    for run in ("tiny_causal", "own", "stopped", "mesh", "two", "rehearsal"):
         assert (tmp_path / "runs" / run / "metrics.jsonl").exists(), run
     assert (tmp_path / "runs" / "tiny_causal" / "report.html").exists()
 

@@ -1,26 +1,29 @@
-"""Text: the likeliest or drawn tokens, the same for a seed on every mesh, streamed without broken characters."""
+"""Text: the likeliest or drawn tokens, the same for a seed whatever shares the batch or the mesh, whole characters."""
 
 import functools
 import itertools
+import random
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from jax import Array
 
 from llm_jax.data import tokenizer as tokenizers
 from llm_jax.data.config import BOS_ID, EOS_ID, TokenizerConfig
 from llm_jax.eval import generate
-from llm_jax.eval.generate import Sampling, make_next_token, row_length, sample, stream
+from llm_jax.eval.generate import Prompt, Text, continued, decoding, make_decoder, prompt_of, streams
+from llm_jax.eval.restore import for_decoding
+from llm_jax.eval.sampling import Sampling, draw, filtered
 from llm_jax.model.transformer import abstract_model, logits
 from tests.small import CFG as SMALL
 from tests.small import mesh_of, put_weights, weights_of
 
 CFG = SMALL.model_copy(update={"vocab_size": 300})
-SEQ_LEN = 24
-GREEDY = Sampling(max_tokens=40, temperature=0.0, seed=0)
-NOTHING = nnx.State({})
+SEQ_LEN = 48
+GREEDY = Sampling(max_tokens=30, temperature=0.0)
+DRAWN = Sampling(30, temperature=1.0, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -30,115 +33,213 @@ def tokenizer():
     )
 
 
-def text_of(tokenizer, sampling, *, mesh=None, prompt="def", row=0):
-    mesh = mesh or mesh_of()
+@pytest.fixture(autouse=True)
+def short_rows(monkeypatch):
+    monkeypatch.setattr(generate, "SHORTEST", 8)
+
+
+@functools.cache
+def decoder_on(sampling: Sampling, sizes: tuple[tuple[str, int], ...]):
+    with jax.set_mesh(mesh_of(**dict(sizes))):
+        params = put_weights(weights_of(CFG), CFG, mesh_of(**dict(sizes)))
+        with for_decoding((params, {}), CFG) as (weights, cfg):
+            return weights, make_decoder(cfg, SEQ_LEN, sampling), jax.sharding.get_mesh()
+
+
+def ids_of(prompts, sampling, **sizes) -> list[list[int]]:
+    weights, decoder, mesh = decoder_on(sampling, tuple(sizes.items()))
     with jax.set_mesh(mesh):
-        params = put_weights(weights_of(CFG), CFG, mesh)
-        return sample(make_next_token(CFG, SEQ_LEN), (params, {}), tokenizer, prompt, sampling, row)
+        parts = list(decoding(decoder, weights, prompts))
+    return [list(itertools.chain(*pieces)) for pieces in zip(*parts, strict=True)]
+
+
+def three_prompts() -> list[Prompt]:
+    rng = np.random.default_rng(1)
+    return [Prompt([BOS_ID, *rng.integers(8, 300, n).tolist()], row) for row, n in enumerate((2, 10, 6))]
 
 
 @functools.cache
 def all_logits():
-    """Logits of a whole row, in one shape; on one device."""
     with jax.set_mesh(mesh_of()):
-        graph = abstract_model(CFG).graph
+        graph, params = abstract_model(CFG).graph, put_weights(weights_of(CFG), CFG, mesh_of())
 
-    @jax.jit
-    def all_logits(params, tokens_BT):
-        model = nnx.merge(graph, params, {})
-        positions_BT = jnp.arange(SEQ_LEN)[None]
-        return logits(model, model(tokens_BT, jnp.zeros_like(tokens_BT), positions_BT, CFG)[0], CFG)
+        @jax.jit
+        def all_logits(tokens_BT: Array) -> Array:
+            model = generate.nnx.merge(graph, params, {})
+            positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+            return logits(model, model(tokens_BT, jnp.zeros_like(tokens_BT), positions_BT, CFG)[0], CFG)
 
     return all_logits
 
 
-def next_logits(ids):
-    """Float32 logits [V] after the last SEQ_LEN ids."""
-    seen = ids[-SEQ_LEN:]
-    tokens_BT = np.asarray([seen + [0] * (SEQ_LEN - len(seen))], np.int32)
+def next_logits(ids) -> np.ndarray:
+    """Float32 logits [V] after the ids, by a full forward pass."""
+    tokens_BT = np.asarray([[*ids] + [0] * (SEQ_LEN - len(ids))], np.int32)
     with jax.set_mesh(mesh_of()):
-        params = put_weights(weights_of(CFG), CFG, mesh_of())
-        return np.asarray(all_logits()(params, tokens_BT)[0, len(seen) - 1, : CFG.vocab_size])
+        return np.asarray(all_logits()(tokens_BT)[0, len(ids) - 1, : CFG.vocab_size])
 
 
-def test_temperature_0_takes_the_likeliest_token_each_time(tokenizer, monkeypatch):
-    monkeypatch.setattr(generate, "SHORTEST", 8)  # rows of 8, 16 and 24, and then a window that moves on
-    ids = [BOS_ID, *tokenizer.encode("def").tolist()]
-    start = len(ids)
-    while len(ids) < start + GREEDY.max_tokens:
+def test_temperature_0_takes_the_likeliest_token_each_time() -> None:
+    """Ragged prompts in one batch; where the best two are closer than 1e-4, either is the likeliest."""
+    for prompt, new in zip(three_prompts(), ids_of(three_prompts(), GREEDY), strict=True):
+        assert len(new) == GREEDY.max_tokens or len(new) < GREEDY.max_tokens
+        ids = list(prompt.ids)
+        for token in new:
+            logits_V = next_logits(ids)
+            assert logits_V[token] >= logits_V.max() - 1e-4
+            ids.append(token)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+def test_neither_batch_nor_mesh_changes_a_text(sampling: Sampling) -> None:
+    alone = [ids_of([prompt], sampling)[0] for prompt in three_prompts()]
+    assert ids_of(three_prompts(), sampling) == alone
+    assert ids_of(three_prompts()[::-1], sampling) == alone[::-1]
+    for sizes in ({"fsdp": 4}, {"tensor": 4, "data": 2}, {"context": 2, "fsdp": 2, "tensor": 2}):
+        assert ids_of(three_prompts(), sampling, **sizes) == alone, sizes
+
+
+def test_samples_of_one_prompt_share_the_reading_and_nothing_else() -> None:
+    prompts = [Prompt(three_prompts()[1].ids, row) for row in range(5)]
+    sampling = Sampling(max_tokens=12, temperature=3.0)
+    texts = ids_of(prompts, sampling)
+    assert len({tuple(text) for text in texts}) == 5
+    assert texts == [ids_of([prompt], sampling)[0] for prompt in prompts]
+    other = Sampling(max_tokens=12, temperature=3.0, seed=1)
+    assert ids_of(prompts, other) != texts
+
+
+def test_a_text_longer_than_a_row_looks_back_a_row_whatever_shares_its_batch() -> None:
+    long = Sampling(max_tokens=100, temperature=0.0)
+    texts = ids_of(three_prompts(), long)
+    assert [len(text) for text in texts] == [100] * 3
+    assert texts == [ids_of([prompt], long)[0] for prompt in three_prompts()]
+    # As long as all of it is in sight, it is what a full forward pass says.
+    ids = list(three_prompts()[1].ids)
+    for token in texts[1][: SEQ_LEN - len(ids)]:
         logits_V = next_logits(ids)
-        second, first = np.sort(logits_V)[-2:]
-        assert first - second > 1e-4, "choose another seed: two tokens are equally likely"
-        ids.append(int(logits_V.argmax()))
-    assert not {BOS_ID, EOS_ID} & set(ids[1:])
-    assert text_of(tokenizer, GREEDY) == tokenizer.decode(ids[start:])
+        assert logits_V[token] >= logits_V.max() - 1e-4
+        ids.append(token)
+    # A prompt that is longer than a row is read from its last SEQ_LEN ids on.
+    longer = Prompt([*three_prompts()[1].ids, *texts[1]], 0)
+    assert ids_of([longer], GREEDY) == ids_of([Prompt(longer.ids[-SEQ_LEN:], 0)], GREEDY)
 
 
-def test_a_seed_gives_the_same_text_on_every_mesh(tokenizer):
-    sampling = Sampling(max_tokens=12, temperature=1.0, seed=3)
-    expected = text_of(tokenizer, sampling)
-    for sizes in ({}, {"fsdp": 8}, {"tensor": 4, "data": 2}, {"context": 2, "fsdp": 2, "tensor": 2}):
-        assert text_of(tokenizer, sampling, mesh=mesh_of(**sizes)) == expected, sizes
+def frequencies(logits_V: np.ndarray, sampling: Sampling, n: int) -> np.ndarray:
+    keys_N = jax.random.split(jax.random.key(7), n)
+    logits_NV = jnp.broadcast_to(jnp.asarray(logits_V, jnp.float32)[None], (n, len(logits_V)))
+    drawn_N = np.asarray(draw(logits_NV, None, keys_N, sampling))
+    return np.bincount(drawn_N, minlength=len(logits_V))
 
 
-def test_seed_row_and_position_each_make_a_difference(tokenizer):
-    texts = [
-        text_of(tokenizer, Sampling(max_tokens=8, temperature=5.0, seed=seed), row=row)
-        for seed, row in itertools.product((0, 1), (0, 1))
-    ]
-    assert len(set(texts)) == 4
-    # A flat distribution would repeat one token for ever if the position were not in the key.
-    with jax.set_mesh(mesh_of()):
-        zero = (put_weights(jax.tree.map(np.zeros_like, weights_of(CFG)), CFG, mesh_of()), nnx.State({}))
-        next_token = make_next_token(CFG, SEQ_LEN)
-        drawn = {next_token(zero, [BOS_ID] * n, Sampling(1, 1.0, 0), 0) for n in range(1, 9)}
-    assert len(drawn) > 4
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.5),
+        Sampling(temperature=2.0, top_k=5),
+        Sampling(temperature=1.0, top_p=0.8),
+        Sampling(temperature=1.5, min_p=0.2),
+        Sampling(temperature=1.2, top_k=8, top_p=0.9, min_p=0.05),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_stated_distribution(sampling: Sampling) -> None:
+    """A chi-square test of 20,000 draws over 12 tokens, at one in a million."""
+    logits_V = np.random.default_rng(5).normal(0, 1.5, 12)
+    left = plain(logits_V, sampling)
+    n = 20_000
+    seen = frequencies(logits_V, sampling, n)
+    assert (seen[left == 0] == 0).all()
+    expected = left[left > 0] * n
+    statistic = float(((seen[left > 0] - expected) ** 2 / expected).sum())
+    # The upper one-in-a-million quantiles of chi-square, by degrees of freedom.
+    from scipy.stats import chi2
+
+    assert statistic < chi2.isf(1e-6, max(len(expected) - 1, 1))
+    # The test can fail: a tenth more heat is seen.
+    warmer = plain(logits_V, Sampling(temperature=sampling.temperature * 1.3))
+    off = warmer[warmer > 0] * n
+    assert float(((frequencies(logits_V, sampling, n)[warmer > 0] - off) ** 2 / off).sum()) > chi2.isf(
+        1e-6, len(off) - 1
+    )
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0])
-def test_temperature_is_that_of_the_softmax(temperature):
-    ids, n = [BOS_ID, 7, 8], 400
-    scaled_V = next_logits(ids).astype(np.float64) / temperature
-    p_V = np.exp(scaled_V) / np.exp(scaled_V).sum()
-    with jax.set_mesh(mesh_of()):
-        params = put_weights(weights_of(CFG), CFG, mesh_of())
-        next_token = make_next_token(CFG, SEQ_LEN)
-        drawn = [next_token((params, {}), ids, Sampling(1, temperature, 0), row) for row in range(n)]
-    p, share = p_V.max(), drawn.count(int(p_V.argmax())) / n
-    assert share == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / n))
+def plain(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The distribution by its definition, a filter after the other."""
+    scaled = logits_V / sampling.temperature
+    p = np.exp(scaled - scaled.max())
+    order = np.argsort(-scaled)
+    if sampling.top_k is not None:
+        p[order[sampling.top_k :]] = 0
+    p /= p.sum()
+    if sampling.top_p is not None:
+        total = 0.0
+        for i in order:
+            if total >= sampling.top_p:
+                p[i] = 0
+            total += p[i]
+        p /= p.sum()
+    if sampling.min_p is not None:
+        p[p < sampling.min_p * p.max()] = 0
+        p /= p.sum()
+    return p
 
 
-def test_few_row_lengths_that_the_context_axis_divides():
-    lengths = (1, 64, 65, 129, 256, 257, 384)
-    assert [row_length(n, 384, 1) for n in lengths] == [64, 64, 128, 256, 256, 384, 384]
-    assert [row_length(n, 384, 3) for n in lengths] == [66, 66, 129, 258, 258, 384, 384]
+def test_equal_tokens_are_left_in_together() -> None:
+    logits_BV = jnp.array([[1.0, 3.0, 3.0, 2.0]])
+    assert np.isfinite(filtered(logits_BV, Sampling(top_k=1))).tolist() == [[False, True, True, False]]
+    assert np.isfinite(filtered(logits_BV, Sampling(top_p=1e-6))).tolist() == [[False, True, True, False]]
+    assert np.isfinite(filtered(logits_BV, Sampling(top_k=99, top_p=1.0))).all()
 
 
-def given(ids):
-    """A model that says these ids, whatever it sees."""
-    said = iter(ids)
-    return lambda params, seen, sampling, row: next(said)
+def test_a_repetition_penalty_makes_what_is_there_less_likely() -> None:
+    logits_BV, seen_BV = jnp.array([[2.0, 1.9, -1.0]]), jnp.array([[True, False, True]])
+    keys_B = jax.random.split(jax.random.key(0), 1)
+    plain, penalised = (Sampling(repetition_penalty=p, temperature=0.0) for p in (1.0, 1.5))
+    assert draw(logits_BV, seen_BV, keys_B, plain).tolist() == [0]
+    assert draw(logits_BV, seen_BV, keys_B, penalised).tolist() == [1]
 
 
-def test_a_characters_bytes_are_held_back_until_it_is_whole(tokenizer):
+def test_a_characters_bytes_are_held_back_until_it_is_whole(tokenizer) -> None:
     ids = [tokenizer.processor.piece_to_id(f"<0x{byte:02X}>") for byte in "\u20ac".encode()]
-    pieces = list(stream(given([*ids, ids[0]]), NOTHING, tokenizer, "", Sampling(4, 0.0, 0)))
-    assert pieces == ["", "", "\u20ac", "", "\ufffd"]
+    text = Text(tokenizer, ())
+    assert [text.add([i]) for i in [*ids, ids[0]]] == ["", "", "\u20ac", ""]
+    assert text.add([], last=True) == "\ufffd"
 
 
-@pytest.mark.parametrize("border", [BOS_ID, EOS_ID])
-def test_text_ends_where_its_document_does(tokenizer, border):
-    a, b = tokenizer.encode("import os").tolist()[:1] * 2
-    assert sample(given([a, border, b]), NOTHING, tokenizer, "", GREEDY) == tokenizer.decode([a])
+def test_stop_strings_end_a_text_however_tokens_cut_them(tokenizer) -> None:
+    draws = random.Random(0)
+    whole = "def walk(path: str) -> None:\n    print('x')\n\ndef other"
+    ids = tokenizer.encode(whole).tolist()
+    for stops, expected in [
+        (["\n\n"], whole[: whole.index("\n\n")]),
+        (["None", "\n\n"], whole[: whole.index("None")]),
+        (["nowhere", "other thing"], whole),
+        (["", "print('x')\n\n"], whole[: whole.index("print")]),
+    ]:
+        for _ in range(5):
+            text, told, rest = Text(tokenizer, stops), "", list(ids)
+            while rest:
+                n = draws.randint(1, 4)
+                told += text.add(rest[:n])
+                assert expected.startswith(told)
+                rest = rest[n:]
+            assert told + text.add([], last=True) == expected
+            assert text.stopped == (expected != whole)
 
 
-def test_what_a_model_sees_begins_with_bos_and_the_prompt(tokenizer):
-    seen = []
+def test_text_ends_where_its_document_does(tokenizer) -> None:
+    assert generate._until_end([9, 10, EOS_ID, 11]) == [9, 10]
+    assert generate._until_end([9, BOS_ID, 11]) == [9]
+    assert prompt_of(tokenizer, "import", 4) == Prompt([BOS_ID, *tokenizer.encode("import").tolist()], 4)
 
-    def next_token(params, ids, sampling, row):
-        seen.append(list(ids))
-        return 9
 
-    sample(next_token, NOTHING, tokenizer, "import", Sampling(2, 0.0, 0))
-    prompt = [BOS_ID, *tokenizer.encode("import").tolist()]
-    assert seen == [prompt, [*prompt, 9]]
+def test_streams_joined_are_the_texts(tokenizer) -> None:
+    weights, decoder, mesh = decoder_on(DRAWN, ())
+    prompts = [prompt_of(tokenizer, "def", 0), prompt_of(tokenizer, "import os", 1)]
+    with jax.set_mesh(mesh):
+        pieces = list(streams(decoder, weights, tokenizer, prompts))
+        texts = continued(decoder, weights, tokenizer, prompts)
+    assert ["".join(parts) for parts in zip(*pieces, strict=True)] == texts
+    assert [tokenizer.decode(ids) for ids in ids_of(prompts, DRAWN)] == texts

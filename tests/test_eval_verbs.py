@@ -22,8 +22,8 @@ from llm_jax.data.prepare import Prepared, documents, prepare
 from llm_jax.eval import cli as cli_module
 from llm_jax.eval.config import EvalConfig
 from llm_jax.eval.evaluation import ResultError, evaluate_checkpoint, generate_text
-from llm_jax.eval.generate import Sampling
 from llm_jax.eval.restore import adapt, default_mesh, find, restore_weights
+from llm_jax.eval.sampling import Sampling
 from llm_jax.mesh import make_mesh
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.paths import to_tree

@@ -1,6 +1,7 @@
 """Which checkpoints are made, by number and by process 0's clock, and which stay."""
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ class Clock:
         return self.seconds
 
 
-def kept_of(kinds: dict[int, Kind], keep: int) -> list[int]:
+def kept_of(kinds: Mapping[int, Kind], keep: int) -> list[int]:
     gone = retired(kinds, keep)
     return [number for number in sorted(kinds) if number not in gone]
 
@@ -30,8 +31,8 @@ def kept_of(kinds: dict[int, Kind], keep: int) -> list[int]:
 def test_who_stays() -> None:
     kinds: dict[int, Kind] = {4: "regular", 8: "permanent", 9: "temporary", 12: "regular", 16: "regular"}
     assert kept_of(kinds, 2) == [8, 12, 16]
-    assert kept_of(kinds | {17: "temporary"}, 2) == [8, 12, 16, 17]  # the newest stays, whatever it is
-    assert kept_of(kinds | {17: "temporary", 20: "regular"}, 2) == [8, 16, 20]
+    assert kept_of({**kinds, 17: "temporary"}, 2) == [8, 12, 16, 17]  # the newest stays, whatever it is
+    assert kept_of({**kinds, 17: "temporary", 20: "regular"}, 2) == [8, 16, 20]
     assert kept_of({}, 1) == []
     assert kept_of({3: "temporary"}, 1) == [3]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llm_jax.data import stages, store
 from llm_jax.data.config import DataConfig, TokenizerConfig
@@ -25,7 +25,14 @@ from llm_jax.data.tokenizer import Tokenizer
 # Part of every folder's name: raised when the same text would become something else.
 FORMAT = 1
 
+# How often whoever waits for another process's preparation looks.
+POLL_S = 0.5
+
 Report = Callable[[str], None]
+
+
+class Stopped(Exception):
+    """Preparing was stopped between two stages; what is finished stays."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +85,18 @@ class Wanted:
 
 
 def prepare(
-    data: DataConfig, tokenizer: TokenizerConfig, vocab_size: int, seed: int, report: Report = print
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    vocab_size: int,
+    seed: int,
+    report: Report = print,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Prepared:
     """Makes what is not there yet; of several processes that want the same, one makes it and the others wait.
 
-    report gets a line for each stage. Raises DataError, DiskError, or ConfigError for a vocab_size the text forbids.
+    report gets a line for each stage. stop is asked before each stage, and while another process is waited for.
+
+    Raises Stopped where stop said so, DataError, DiskError, or ConfigError for a vocab_size the text forbids.
     """
     wanted = Wanted(data, tokenizer, vocab_size, seed)
     if (root := _find(wanted)) and _is_complete(wanted, root):
@@ -90,18 +104,18 @@ def prepare(
     corpus = open_corpus(data.source)
     root = wanted.root(corpus)
     text = root / "text"
-    with _lock(root, report):
+    with _lock(root, report, stop):
         if not store.is_complete(text):
-            with _timed("text", report) as said:
+            with _stage("text", report, stop) as said:
                 said.append(stages.write_text(text, corpus, data))
         text_info = store.read_info(text)
         model = wanted.tokenizer_folder(root)
         if not store.is_complete(model):
-            with _timed("tokenizer", report) as said:
+            with _stage("tokenizer", report, stop) as said:
                 said.append(stages.write_tokenizer(model, text, text_info, tokenizer, vocab_size, seed))
         rows = wanted.rows_folder(root)
         if not store.is_complete(rows):
-            with _timed("rows", report) as said:
+            with _stage("rows", report, stop) as said:
                 said.append(stages.write_rows(rows, text, text_info, stages.load_tokenizer(model), data.seq_len))
     return _open(wanted, root)
 
@@ -165,24 +179,35 @@ def _key(*parts: object) -> str:
 
 
 @contextmanager
-def _lock(root: Path, report: Report) -> Iterator[None]:
+def _lock(root: Path, report: Report, stop: Callable[[], bool]) -> Iterator[None]:
     """Held by one process at a time; the operating system frees it when the process dies."""
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         lock = open(root / ".lock", "w")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locks(lock):
             report(f"waiting: another process prepares {root}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            while not _locks(lock):
+                if stop():
+                    raise Stopped
+                time.sleep(POLL_S)
         store.clean(root)
         yield
 
 
+def _locks(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextmanager
-def _timed(stage: str, report: Report) -> Iterator[list[str]]:
-    """Reports what the block appends, with the seconds it took."""
+def _stage(stage: str, report: Report, stop: Callable[[], bool]) -> Iterator[list[str]]:
+    """Reports what the block appends, with the seconds it took. Raises Stopped before it begins."""
+    if stop():
+        raise Stopped
     begin = time.monotonic()
     said: list[str] = []
     yield said

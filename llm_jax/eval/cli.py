@@ -2,13 +2,18 @@
 
 from collections.abc import Sequence
 
-from llm_jax import exit_codes
 from llm_jax.command_line import Parser
 from llm_jax.config import ConfigError
+from llm_jax.early_signals import leaving_at_once
 
 
 def evaluate(argv: Sequence[str]) -> int:
     """The verb `eval`; returns its exit code. Raises Failure for what is foreseen."""
+    with leaving_at_once():
+        return _evaluate(argv)
+
+
+def _evaluate(argv: Sequence[str]) -> int:
     parser = Parser(
         "eval",
         "Scores a checkpoint on held-out text: loss, perplexity, bits per byte (every byte scored once) and\n"
@@ -23,16 +28,21 @@ def evaluate(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     arguments = parser.read(argv)
-    from llm_jax.eval.evaluation import evaluate_checkpoint
+    from llm_jax.eval.evaluation import evaluate_checkpoint, until_stopped
 
-    evaluate_checkpoint(
-        arguments.run_dir, arguments.step, arguments.overrides, split=arguments.split, as_json=arguments.json
+    where = (arguments.run_dir, arguments.step, arguments.overrides)
+    return until_stopped(
+        lambda stop: evaluate_checkpoint(*where, split=arguments.split, as_json=arguments.json, stop=stop)
     )
-    return exit_codes.DONE
 
 
 def generate(argv: Sequence[str]) -> int:
     """The verb `generate`; returns its exit code. Raises Failure for what is foreseen."""
+    with leaving_at_once():
+        return _generate(argv)
+
+
+def _generate(argv: Sequence[str]) -> int:
     parser = Parser(
         "generate",
         "Continues prompts with text from a checkpoint, printed as it comes. A seed gives the same text on every mesh.",
@@ -59,12 +69,12 @@ def generate(argv: Sequence[str]) -> int:
     for prompt in prompts:
         if any("\ud800" <= char <= "\udfff" for char in prompt):
             raise ConfigError(f"--prompt {prompt!a}: is not UTF-8")
-    from llm_jax.eval.evaluation import generate_text
-    from llm_jax.eval.generate import Sampling
+    from llm_jax.eval.evaluation import generate_text, until_stopped
+    from llm_jax.eval.sampling import Sampling
 
-    sampling = Sampling(arguments.max_tokens, arguments.temperature, arguments.seed)
-    generate_text(arguments.run_dir, arguments.step, arguments.overrides, prompts, sampling)
-    return exit_codes.DONE
+    sampling = Sampling(arguments.max_tokens, temperature=arguments.temperature, seed=arguments.seed)
+    where = (arguments.run_dir, arguments.step, arguments.overrides)
+    return until_stopped(lambda stop: generate_text(*where, prompts, sampling, stop))
 
 
 def _add_run_directory(parser: Parser) -> None:

@@ -3,7 +3,7 @@
 import datetime
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,19 +18,23 @@ from llm_jax.data.errors import DataError
 from llm_jax.data.loader import open_rows
 from llm_jax.data.prepare import Prepared, documents, open_prepared
 from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.distributed import join_processes
 from llm_jax.eval.figures import figures
 from llm_jax.eval.fill import fill_first_row, in_brackets
-from llm_jax.eval.generate import Sampling, make_next_token, sample, stream
+from llm_jax.eval.generate import make_decoder, prompt_of, streams
 from llm_jax.eval.perplexity import compressed, held_out_of, score_held_out, score_rows
-from llm_jax.eval.restore import Found, adapt, find, mesh_of, restore_weights, row_parts
+from llm_jax.eval.restore import Found, adapt, find, for_decoding, mesh_of, restore_weights, row_parts
 from llm_jax.eval.rows import make_ask, make_row_sums
+from llm_jax.eval.sampling import Sampling
 from llm_jax.eval.scorer import make_score
-from llm_jax.mesh import join_processes, keep_compiled
+from llm_jax.guards import AFTER_BATCH, Guards, Stop, never
+from llm_jax.mesh import keep_compiled, told_slices
 from llm_jax.model.backends import told
 from llm_jax.model.transformer import Weights
 from llm_jax.objective.config import CausalConfig, MlmConfig
 from llm_jax.run import Run
 from llm_jax.run_directory import Refused
+from llm_jax.train.config import WatchdogConfig
 
 # What an evaluation shows of the model's text: a held-out document's beginning, continued.
 PROMPT_CHARACTERS = 80
@@ -55,19 +59,39 @@ class ResultError(exit_codes.Failure):
     exit_code = exit_codes.CHECKPOINT
 
 
+def until_stopped(work: Callable[[Stop], object]) -> int:
+    """Joins the job's processes and does the work; returns the exit code, which a signal decides that stopped it."""
+    keep_compiled()
+    watchdog = WatchdogConfig()
+    join_processes(watchdog.heartbeat_s, watchdog.join_s)
+    with Guards(AFTER_BATCH) as guards:
+        work(guards.stop)
+    if not guards.stopped:
+        return exit_codes.DONE
+    print("stopped before the end", file=sys.stderr)
+    return guards.exit_code
+
+
 def evaluate_checkpoint(
-    run_dir: str, step: int | None, overrides: Sequence[str], *, split: str, as_json: bool
-) -> dict[str, Any]:
-    """Scores held-out text, prints the result, and adds it to the run's eval.jsonl; returns it."""
+    run_dir: str, step: int | None, overrides: Sequence[str], *, split: str, as_json: bool, stop: Stop = never
+) -> dict[str, Any] | None:
+    """Scores held-out text, prints the result, and adds it to the run's eval.jsonl; returns it.
+
+    stop is asked before each batch, and must answer alike on all processes; stopped, it writes nothing and returns
+    None. Needs the job's processes joined.
+    """
     with opened(run_dir, step, overrides) as (found, run, mesh):
         prepared = same_data(found, run)
         match run.objective:
             case CausalConfig():
-                scored, sample = score_text(found, run, mesh, prepared, split)
+                scored = score_text(found, run, mesh, prepared, split, stop)
             case MlmConfig():
-                scored, sample = score_masked(found, run, mesh, prepared, split)
+                scored = score_masked(found, run, mesh, prepared, split, stop)
+        if scored is None:
+            return None
+        scores, sample = scored
         seen = prepared.text_info["leaked_share"] if split == "test" else None
-        result = {"step": found.step, **scored, "seen_long_lines": seen}
+        result = {"step": found.step, **scores, "seen_long_lines": seen}
     if jax.process_index() == 0:
         if as_json:
             print(json.dumps(result), flush=True)
@@ -77,8 +101,13 @@ def evaluate_checkpoint(
     return result
 
 
-def score_text(found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: str) -> tuple[dict[str, Any], Sample]:
-    """Every byte of the split once, in windows, beside compressors; and a document's beginning continued."""
+def score_text(
+    found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: str, stop: Stop
+) -> tuple[dict[str, Any], Sample] | None:
+    """Every byte of the split once, in windows, beside compressors; and a document's beginning continued.
+
+    None where it was stopped.
+    """
     held_out = held_out_of(documents(prepared, split), found.tokenizer)
     if not any(document.text for document in held_out):
         raise DataError(f"the {split} split has no text; raise data.{split}_share, or give more text")
@@ -92,15 +121,22 @@ def score_text(found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: st
         seq_len=run.data.seq_len,
         stride=stride,
         batch_rows=whole_batch(run, mesh),
+        stop=stop,
     )
-    sample = beginning_continued(weights, run, found.tokenizer, held_out[0].text)
+    if sums is None:
+        return None
+    sample = beginning_continued(weights, run, found.tokenizer, held_out[0].text, stop)
+    if sample is None:
+        return None
     return {**figures(sums), **compressed(held_out), "split": split, "stride": stride}, sample
 
 
-def score_masked(found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: str) -> tuple[dict[str, Any], Sample]:
+def score_masked(
+    found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: str, stop: Stop
+) -> tuple[dict[str, Any], Sample] | None:
     """Every row of the split once, with masks that are always the same; and the first row filled in.
 
-    The names are score_text's, null where a masked model has no such figure.
+    The names are score_text's, null where a masked model has no such figure. None where it was stopped.
     """
     rows = open_rows(prepared, split)
     weights = restore_weights(found, run.model, mesh)
@@ -108,7 +144,9 @@ def score_masked(found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: 
     crosses = run.data.cross_documents
     ask = make_ask(run.objective, found.tokenizer.word_starts, seed=run.seed, cross_documents=crosses)
     row_sums = make_row_sums(run.model, run.objective, ask, rows, found.tokenizer.piece_bytes, batch_rows)
-    sums = score_rows(row_sums, weights, len(rows), batch_rows)
+    sums = score_rows(row_sums, weights, len(rows), batch_rows, stop)
+    if sums is None:
+        return None
     nothing = dict.fromkeys(("zlib_bits_per_byte", "lzma_bits_per_byte"))
     filled = fill_first_row(run.model, weights, ask, rows, found.tokenizer)
     return {**figures(sums, masked=True), **nothing, "split": split, "stride": None}, {"filled": filled}
@@ -120,35 +158,47 @@ def whole_batch(run: Run, mesh: Mesh) -> int:
 
 
 def generate_text(
-    run_dir: str, step: int | None, overrides: Sequence[str], prompts: Sequence[str], sampling: Sampling
+    run_dir: str,
+    step: int | None,
+    overrides: Sequence[str],
+    prompts: Sequence[str],
+    sampling: Sampling,
+    stop: Stop = never,
 ) -> None:
-    """Prints each prompt and its continuation as it comes. Raises Refused for a masked language model."""
-    with opened(run_dir, step, overrides, continues=True) as (found, run, mesh):
-        weights = restore_weights(found, run.model, mesh)
-        next_token = make_next_token(run.model, run.data.seq_len)
+    """Prints each prompt and its continuation as it comes. Raises Refused for a masked language model.
+
+    stop is asked after each token, and must answer alike on all processes. Needs the job's processes joined.
+    """
+    with (
+        opened(run_dir, step, overrides, continues=True) as (found, run, mesh),
+        for_decoding(restore_weights(found, run.model, mesh), run.model) as (weights, cfg),
+    ):
+        decoder = make_decoder(cfg, run.data.seq_len, sampling)
         for row, prompt in enumerate(prompts):
             write(f"[{row + 1}/{len(prompts)}] " * (len(prompts) > 1) + prompt)
-            for text in stream(next_token, weights, found.tokenizer, prompt, sampling, row):
+            for (text,) in streams(decoder, weights, found.tokenizer, [prompt_of(found.tokenizer, prompt, row)]):
                 write(text)
+                if stop():
+                    write("\n")
+                    return
             write("\n")
 
 
 @contextmanager
 def opened(run_dir: str, step: int | None, overrides: Sequence[str], *, continues: bool = False) -> Iterator[Opened]:
-    """Joins the job's processes, finds the checkpoint, and sets the mesh for as long as it is open.
+    """Finds the checkpoint, and sets the mesh for as long as it is open.
 
     Raises Refused where it has to continue text and was not trained to.
     """
-    keep_compiled()
-    join_processes()
     found = find(run_dir, step)
     if continues and not isinstance(found.run.objective, CausalConfig):
         raise Refused(
             f"{run_dir} is a masked language model, which continues no text; llm-jax eval {run_dir} scores it"
         )
     run, sizes = adapt(found.run, overrides, jax.device_count(), jax.default_backend())
-    mesh = mesh_of(sizes)
+    mesh = mesh_of(sizes, run.mesh.slices)
     axes = " * ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
+    axes += told_slices(mesh, run.mesh.slices)
     if jax.process_index() == 0:
         backends = [f"{name.replace('_', ' ')} {choice}" for name, choice in told(run.model).items()]
         print(f"checkpoint {found.step} of {run_dir} on {axes}, {', '.join(backends)}", file=sys.stderr)
@@ -167,11 +217,17 @@ def same_data(found: Found, run: Run) -> Prepared:
     return prepared
 
 
-def beginning_continued(weights: Weights, run: Run, tokenizer: Tokenizer, text: str) -> Sample:
-    """A document's beginning and the model's continuation of it."""
-    prompt = text[:PROMPT_CHARACTERS]
-    next_token = make_next_token(run.model, run.data.seq_len)
-    return {"prompt": prompt, "text": sample(next_token, weights, tokenizer, prompt, SAMPLING)}
+def beginning_continued(weights: Weights, run: Run, tokenizer: Tokenizer, start: str, stop: Stop) -> Sample | None:
+    """A document's beginning and the model's continuation of it; None where it was stopped."""
+    prompt = start[:PROMPT_CHARACTERS]
+    texts: list[str] = []
+    with for_decoding(weights, run.model) as (weights, cfg):
+        decoder = make_decoder(cfg, run.data.seq_len, SAMPLING)
+        for (text,) in streams(decoder, weights, tokenizer, [prompt_of(tokenizer, prompt)]):
+            if stop():
+                return None
+            texts.append(text)
+    return {"prompt": prompt, "text": "".join(texts)}
 
 
 def show(name: str, result: Mapping[str, Any], text: Sample) -> None:

@@ -59,10 +59,17 @@ class Decoder(NamedTuple):
     go_on: Callable[[Weights, Going, np.int32], tuple[Going, Array, Array]]
     sampling: Sampling
     seq_len: int
+    learned_positions: int
+
+    def room(self, max_tokens: int) -> int:
+        """How many ids of a prompt are read: learned positions have to be enough for what follows too."""
+        if not self.learned_positions:
+            return self.seq_len
+        return min(self.seq_len, max(self.learned_positions - max_tokens, self.learned_positions // 2))
 
 
 def make_decoder(cfg: ModelConfig, seq_len: int, sampling: Sampling) -> Decoder:
-    """For weights of `decode.unrolled(cfg)`'s structure, and rows of seq_len places at most. The mesh is set.
+    """For weights of `decode.unrolled(cfg)`'s structure; a token sees the last seq_len at most. The mesh is set.
 
     Raises ConfigError where the mesh has a context axis.
     """
@@ -93,6 +100,8 @@ def make_decoder(cfg: ModelConfig, seq_len: int, sampling: Sampling) -> Decoder:
             drawn_B = draw(going.logits_BV, going.seen_BV, keys_B, sampling)
             token_B = jnp.where(going.done_B, EOS_ID, drawn_B)
             done_B = going.done_B | (token_B == EOS_ID) | (token_B == BOS_ID)
+            if cfg.learned_positions:
+                done_B |= going.t + 1 - going.cache.start_B >= cfg.learned_positions
             here_N = jnp.arange(CHUNK) == going.t - first
             new_BN = jnp.where(here_N[None], token_B[:, None], new_BN)
             seen_BV = going.seen_BV
@@ -106,7 +115,8 @@ def make_decoder(cfg: ModelConfig, seq_len: int, sampling: Sampling) -> Decoder:
         going, new_BN = jax.lax.while_loop(unfinished, one, (going, nothing_BN))
         return going, *jax.reshard((new_BN, going.done_B), P())
 
-    return Decoder(jax.jit(begin, static_argnums=6), jax.jit(go_on, donate_argnums=1), sampling, seq_len)
+    programs = jax.jit(begin, static_argnums=6), jax.jit(go_on, donate_argnums=1)
+    return Decoder(*programs, sampling, seq_len, cfg.learned_positions)
 
 
 def _seen(tokens_BT: Array, start_B: Array, V: int) -> Array:
@@ -124,43 +134,28 @@ def _seen(tokens_BT: Array, start_B: Array, V: int) -> Array:
 def decoding(decoder: Decoder, weights: Weights, prompts: Sequence[Prompt]) -> Iterator[list[list[int]]]:
     """New ids of every prompt, a few at a time, until each has ended or has sampling.max_tokens of them.
 
-    A text that fills a row of seq_len goes on from its last half. What shares a batch makes no difference.
+    A token sees the last seq_len tokens, by a ring of keys and values. What shares a batch makes no difference.
     """
-    texts = [list(prompt.ids) for prompt in prompts]
-    ended = [False] * len(prompts)
     left = decoder.sampling.max_tokens
-    while left > 0 and not all(ended):
-        room = min(left, max(decoder.seq_len // 2, 1))
-        kept = [text[-max(decoder.seq_len - room, 1) :] for text in texts]
-        T = min(length(max(map(len, kept))), decoder.seq_len - room)
-        T = max(T, max(map(len, kept)))
-        slots = min(length(T + left), decoder.seq_len)
-        going = _begun(decoder, weights, prompts, texts, kept, ended, T, slots)
-        t, limit = T, min(slots, T + left)
-        while t < limit and not all(ended):
-            going, new_BN, done_B = decoder.go_on(weights, going, np.int32(limit))
-            made = min(CHUNK, limit - t)
-            new_BN, done_B = jax.device_get((new_BN, done_B))
-            new = [
-                _until_end(ids[:made]) if not over else [] for ids, over in zip(new_BN.tolist(), ended, strict=False)
-            ]
-            texts = [text + ids for text, ids in zip(texts, new, strict=True)]
-            ended = [bool(over) for over in done_B[: len(prompts)]]
-            t, left = t + made, left - made
-            yield new
+    kept = [prompt.ids[-decoder.room(left) :] for prompt in prompts]
+    longest = max(map(len, kept))
+    T = max(min(length(longest), decoder.seq_len), longest)
+    going = _begun(decoder, weights, prompts, kept, T, min(length(T + left), decoder.seq_len))
+    ended = [False] * len(prompts)
+    t, limit = T, T + left
+    while t < limit and not all(ended):
+        going, new_BN, done_B = decoder.go_on(weights, going, np.int32(limit))
+        made = min(CHUNK, limit - t)
+        new_BN, done_B = jax.device_get((new_BN, done_B))
+        yield [[] if over else _until_end(ids[:made]) for ids, over in zip(new_BN.tolist(), ended, strict=False)]
+        ended = done_B[: len(prompts)].tolist()
+        t += made
 
 
 def _begun(
-    decoder: Decoder,
-    weights: Weights,
-    prompts: Sequence[Prompt],
-    texts: Sequence[Sequence[int]],
-    kept: Sequence[Sequence[int]],
-    ended: Sequence[bool],
-    T: int,
-    slots: int,
+    decoder: Decoder, weights: Weights, prompts: Sequence[Prompt], kept: Sequence[Sequence[int]], T: int, slots: int
 ) -> Going:
-    """The texts' rows on the mesh, and what is the same in them read once."""
+    """The prompts' last ids on the mesh, and what is the same in them read once."""
     parts = row_parts(jax.sharding.get_mesh())
     unique = list(dict.fromkeys(tuple(ids) for ids in kept))
     rows = unique + [unique[0]] * (-len(unique) % parts)
@@ -168,12 +163,12 @@ def _begun(
     for row_T, ids in zip(tokens_BT, rows, strict=True):
         row_T[T - len(ids) :] = ids
     start_B = np.array([T - len(ids) for ids in rows], np.int32)
-    idle = -len(prompts) % parts
-    from_B = np.array([unique.index(tuple(ids)) for ids in kept] + [0] * idle, np.int32)
-    # Rows that only fill up the mesh, and texts that have ended, are done before they begin.
-    row_B = np.array([-1 if over else p.row for p, over in zip(prompts, ended, strict=True)] + [-1] * idle, np.int32)
-    gone = [len(text) - len(ids) for text, ids in zip(texts, kept, strict=True)]
-    gone_B = np.array(gone + [0] * idle, np.int32)
+    idle = [0] * (-len(prompts) % parts)
+    from_B = np.array([unique.index(tuple(ids)) for ids in kept] + idle, np.int32)
+    # Rows that only fill up the mesh have ended before they begin.
+    row_B = np.array([prompt.row for prompt in prompts] + [-1 for _ in idle], np.int32)
+    gone = [len(prompt.ids) - len(ids) for prompt, ids in zip(prompts, kept, strict=True)]
+    gone_B = np.array(gone + idle, np.int32)
     return decoder.begin(weights, on_mesh(tokens_BT), *map(by_row, (start_B, from_B, row_B, gone_B)), slots)
 
 

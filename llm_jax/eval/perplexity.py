@@ -18,6 +18,7 @@ from llm_jax.eval.figures import Sums
 from llm_jax.eval.rows import RowSums
 from llm_jax.eval.scorer import Score
 from llm_jax.eval.windows import batched, pack
+from llm_jax.guards import Stop, never
 from llm_jax.model.transformer import Weights
 
 
@@ -59,16 +60,20 @@ def score_held_out(
     seq_len: int,
     stride: int,
     batch_rows: int,
-) -> Sums:
-    """Sums over every token of the documents, in windows of seq_len that move on by stride.
+    stop: Stop = never,
+) -> Sums | None:
+    """Sums over every token of the documents, in windows of seq_len that move on by stride; None where it was stopped.
 
-    batch_rows is a multiple of the mesh's row axes' size; neither it nor the mesh matters to the result.
+    batch_rows is a multiple of the mesh's row axes' size; neither it nor the mesh matters to the result. stop is asked
+    once before each batch, and must answer alike on all processes.
     Raises NotFinite where a token's score is not a number.
     """
     sums = Sums()
     n_tokens = sum(len(document.tokens) - 1 for document in held_out)
     with _progress("scoring", n_tokens) as advance:
         for rows in batched(pack((document.tokens for document in held_out), seq_len, stride), batch_rows):
+            if stop():
+                return None
             nll_BT, correct_BT = score(weights, rows)
             nll_N, targets_N = nll_BT[rows.scored_BT], rows.targets_BT[rows.scored_BT]
             if not np.isfinite(nll_N).all():
@@ -84,11 +89,16 @@ def score_held_out(
     return sums
 
 
-def score_rows(row_sums: RowSums, weights: Weights, n_rows: int, batch_rows: int) -> Sums:
-    """Sums over all rows, in batches. Raises NotFinite where a batch's loss is not a number."""
+def score_rows(row_sums: RowSums, weights: Weights, n_rows: int, batch_rows: int, stop: Stop = never) -> Sums | None:
+    """Sums over all rows, in batches; None where it was stopped, which is asked once before each batch.
+
+    Raises NotFinite where a batch's loss is not a number.
+    """
     sums = Sums()
     with _progress("scoring", n_rows) as advance:
         for start in range(0, n_rows, batch_rows):
+            if stop():
+                return None
             sums = sums.plus(row_sums(weights, start // batch_rows))
             if not math.isfinite(sums.nll):
                 raise NotFinite(f"the loss of rows {start} and on is not a number: the weights are broken")

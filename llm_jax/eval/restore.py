@@ -7,8 +7,8 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from llm_jax.eval.dropless import dropless
 from llm_jax.mesh import make_mesh
 from llm_jax.model.backends import resolve
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.decode import unrolled
 from llm_jax.model.paths import from_tree, placed, to_tree
 from llm_jax.model.transformer import Weights, abstract_model
 from llm_jax.run import Run, check_axes, check_weights, mesh_sizes
@@ -127,26 +128,29 @@ def unsettled(cfg: ModelConfig) -> ModelConfig:
 
 
 def default_mesh(trained: MeshConfig, n_devices: int) -> MeshConfig:
-    """The trained one where it takes all n_devices; else fsdp over all, since then whatever fits in them all fits."""
+    """The trained one where it takes all n_devices; else fsdp over all, since then whatever fits in them all fits.
+
+    Which devices a fast network joins is for these devices to say.
+    """
     try:
         if math.prod(mesh_sizes(trained, n_devices).values()) == n_devices:
-            return trained
+            return trained.model_copy(update={"slices": None})
     except ConfigError:
         pass
     return MeshConfig(data=1, fsdp=-1)
 
 
-def mesh_of(sizes: dict[str, int]) -> Mesh:
+def mesh_of(sizes: dict[str, int], slices: int | None) -> Mesh:
     """The mesh on the job's devices; one process may leave some idle, and says so.
 
-    Raises ConfigError where several processes would.
+    Raises ConfigError where several processes would, or where the devices are no such slices.
     """
     used, there = math.prod(sizes.values()), jax.device_count()
     if used < there:
         if jax.process_count() > 1:
             raise ConfigError(f"the mesh takes {used} of {there} devices; with several processes it must take all")
         print(f"the mesh takes {used} of {there} devices", file=sys.stderr)
-    return make_mesh(sizes)
+    return make_mesh(sizes, slices=slices)
 
 
 def row_parts(mesh: Mesh) -> int:
@@ -163,3 +167,24 @@ def restore_weights(found: Found, cfg: ModelConfig, mesh: Mesh) -> Weights:
         tree = checkpoints.restore(found.step, wanted)
     restored = jax.jit(lambda tree: from_tree(tree, abstract))(tree)
     return restored["params"], restored["balance"]
+
+
+@contextmanager
+def for_decoding(weights: Weights, cfg: ModelConfig) -> Iterator[tuple[Weights, ModelConfig]]:
+    """The weights in the form that decoding wants, and the config of that form, on a mesh without a context axis.
+
+    One token at a time has no positions to divide: the devices of that axis divide rows and weights instead.
+    """
+    mesh = jax.sharding.get_mesh()
+    alone = unrolled(cfg)
+    _, *abstract = abstract_model(alone)
+    weights = jax.jit(lambda weights: from_tree(to_tree(weights), tuple(abstract)))(weights)
+    sizes = dict(mesh.shape)
+    if sizes["context"] > 1:
+        sizes |= {"context": 1, "fsdp": sizes["fsdp"] * sizes["context"]}
+        mesh = make_mesh(sizes, mesh.devices.flat)
+        weights = jax.tree.map(
+            lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.typeof(x).sharding.spec)), weights
+        )
+    with jax.set_mesh(mesh):
+        yield weights, alone

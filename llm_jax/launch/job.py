@@ -73,9 +73,7 @@ class _Loader(yaml.SafeLoader):
         seen = set[str]()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:str":
-                what = (
-                    f"the key {key.value} has to be in quotes" if isinstance(key.value, str) else "a key has to be text"
-                )
+                what = "a key has to be text, in quotes if YAML takes it for something else"
                 raise yaml.MarkedYAMLError(problem=what, problem_mark=key.start_mark)
             if key.value in seen:
                 raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)

@@ -191,13 +191,13 @@ def run_once(
                     if number == signal.SIGINT and signal.SIGINT in signals:
                         _kill(processes)
                     elif not signals:
-                        _say(f"{signal.Signals(number).name}: the processes save and end; Ctrl-C twice kills them")
+                        _say(f"{signal.Signals(number).name}: the processes save and end; a second Ctrl-C kills them")
                     signals.append(number)
                     _terminate(processes)
                 case Unread(error):
                     unread, fails = error, "the output cannot be written"
                 case None if stopping:
-                    _say(f"{_left(processes, exits)} did not end within {grace_s:g} s of SIGTERM, and gets SIGKILL")
+                    _say(f"{_left(processes, exits)} did not end within {grace_s:g} s of SIGTERM: SIGKILL")
                     _kill(processes)
                     deadline = math.inf
                 case None:

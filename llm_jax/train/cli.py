@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from llm_jax import command_line
+from llm_jax.early_signals import leaving_at_once
 from llm_jax.run import from_command_line
 
 _DESCRIPTION = """\
@@ -17,6 +18,11 @@ _EXAMPLES = """\
 
 def main(argv: Sequence[str]) -> int:
     """The verb; returns the exit code. Raises Failure for what is foreseen."""
+    with leaving_at_once():
+        return _train(argv)
+
+
+def _train(argv: Sequence[str]) -> int:
     parser = command_line.Parser("train", _DESCRIPTION, _EXAMPLES)
     command_line.add_run_arguments(parser)
     parser.add_argument(
@@ -27,9 +33,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.read(argv)
     run = from_command_line(arguments.config, arguments.overrides)
     # What takes seconds to import comes after the config was found good.
-    from llm_jax.mesh import join_processes, keep_compiled
+    from llm_jax.distributed import join_processes
+    from llm_jax.mesh import keep_compiled
     from llm_jax.train.attempt import attempt
 
     keep_compiled()
-    join_processes()
+    join_processes(run.watchdog.heartbeat_s, run.watchdog.join_s)
     return attempt(run, allow_drift=arguments.allow_drift)

@@ -90,6 +90,8 @@ class WatchdogConfig(Config):
     """Seconds that any step may take."""
     grace_s: Annotated[float, Ge(0)] = 30.0
     """Seconds over that before the alarm."""
+    join_s: Annotated[int, Ge(1)] = 300
+    """Seconds to wait for the job's other processes at the start."""
     prepare_s: Annotated[float, Gt(0)] = 7 * 24 * 3600.0
     """Seconds that preparing the data may take."""
     restore_s: Annotated[float, Gt(0)] = 3600.0

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm_jax import durable
+
 ENVIRONMENT = "environment.json"
 
 _PACKAGES = (
@@ -46,9 +48,7 @@ def record(run_dir: str | os.PathLike[str], restored_step: int, facts: Mapping[s
     path = Path(run_dir, ENVIRONMENT)
     attempts = json.loads(path.read_text(encoding="utf-8"))["attempts"] if path.exists() else []
     attempts.append({**attempt(restored_step), **facts})
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps({"attempts": attempts}, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    durable.replace(path, (json.dumps({"attempts": attempts}, indent=2) + "\n").encode())
 
 
 def attempt(restored_step: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What training writes down: JSON lines, TensorBoard events, and what a person watches. No jax."""
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from llm_jax import durable
 from llm_jax.train.config import LoggingConfig
 
 if TYPE_CHECKING:
@@ -25,7 +27,10 @@ Line = Mapping[str, Any]
 
 
 class Log:
-    """Where one process's lines go; `open_log` makes it, and closing it ends the bar and the files."""
+    """Where one process's lines go; `open_log` makes it, and closing it ends the bar and the files.
+
+    Every method raises DiskError where something cannot be written.
+    """
 
     def __init__(
         self,
@@ -59,31 +64,40 @@ class Log:
     def sync(self) -> None:
         """Returns once all lines are on the disk; a checkpoint that commits after it has its line whatever happens."""
         for file in self._files.values():
-            os.fsync(file.fileno())
+            with durable.told(file.name):
+                os.fsync(file.fileno())
+                # An open file outlives its name: what is written to it after that, nobody will ever find.
+                if not os.path.samestat(os.stat(file.name), os.fstat(file.fileno())):
+                    raise OSError(None, "another file is in its place")
 
     def close(self) -> None:
-        """Ends the bar and closes the files."""
-        if self._screen is not None:
-            self._screen.close()
-        if self._events is not None:
-            self._events.close()
-        for file in self._files.values():
-            file.close()
+        """Ends the bar and closes the files, each of them whatever becomes of the others."""
+        with durable.told("the log"), contextlib.ExitStack() as closing:
+            for file in self._files.values():
+                closing.callback(file.close)
+            if self._events is not None:
+                closing.callback(self._events.close)
+            if self._screen is not None:
+                closing.callback(self._screen.close)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        # Of two failures the first is told; what could not be written fails again when its file is closed.
+        with contextlib.suppress(*() if error is None else (durable.DiskError,)):
+            self.close()
 
     def _record(self, name: str, group: str, line: Line) -> None:
         now = time.time()
         if name in self._files:
             file = self._files[name]
-            file.write(to_json({**line, "time": round(now, 3)}) + "\n")
-            file.flush()
+            with durable.told(file.name):
+                file.write(to_json({**line, "time": round(now, 3)}) + "\n")
+                file.flush()
         if self._events is not None:
-            _write_event(self._events, group, line, now)
+            with durable.told("a TensorBoard file"):
+                _write_event(self._events, group, line, now)
 
 
 def open_log(
@@ -91,15 +105,17 @@ def open_log(
 ) -> Log:
     """The log of a run that goes on after restored_step updates; later lines of an earlier attempt are dropped first.
 
-    Only one process `writes`; the log of every other one takes the same calls and does nothing.
+    Only one process `writes`; the log of every other one takes the same calls and does nothing. Raises DiskError.
     """
     if not writes:
         return Log({}, None, None, validated=-1)
     directory = Path(run_dir)
-    drop_after(directory / METRICS, restored_step)
-    validated = drop_after(directory / VALIDATION, restored_step)
-    events = _open_events(directory / TENSORBOARD, restored_step) if logging.tensorboard else None
-    files = {name: open(directory / name, "a", encoding="utf-8") for name in (METRICS, VALIDATION)}
+    with durable.told(directory):
+        drop_after(directory / METRICS, restored_step)
+        validated = drop_after(directory / VALIDATION, restored_step)
+        events = _open_events(directory / TENSORBOARD, restored_step) if logging.tensorboard else None
+        files = {name: open(directory / name, "a", encoding="utf-8") for name in (METRICS, VALIDATION)}
+        durable.flush_folder(directory)
     return Log(files, Screen(restored_step, steps, logging.every), events, validated)
 
 
@@ -127,6 +143,12 @@ def drop_after(path: Path, step: int) -> int:
     else:
         temporary.unlink()
     return last
+
+
+def last_step(path: Path) -> int:
+    """The step of a file's last whole line, -1 for none."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return max((step for step in map(_step_of, lines) if step is not None), default=-1)
 
 
 def to_json(line: Line) -> str:
@@ -212,10 +234,11 @@ class Screen:
 
     def say(self, text: str) -> None:
         """Prints a line of text."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, flush=True)
+        with durable.told("stdout"):
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""

@@ -111,15 +111,15 @@ def _still(before: Look, after: Look, processes: int) -> list[int]:
 
 
 def _named(processes: Iterable[int], look: Look) -> str:
-    """`process 3 (host a, pid 7, in phase data after 5 updates) and process 4 (...)`; the first few of many."""
+    """`process 3 (host a, pid 7, last seen in phase data after 5 updates) and process 4`; the first few of many."""
     listed = sorted(processes)
-    texts = [f"process {p}" + (f" ({_who(look[p])})" if p in look else "") for p in listed[:NAMED]]
+    texts = [f"process {p} ({_who(look[p])})" if p in look else f"process {p}" for p in listed[:NAMED]]
     more = [f"{len(listed) - NAMED} more"] if len(listed) > NAMED else []
     return " and ".join([*texts, *more])
 
 
 def _who(beat: Beat) -> str:
-    return f"host {beat.host}, pid {beat.pid}, {_place(beat)}"
+    return f"host {beat.host}, pid {beat.pid}, last seen {_place(beat)}"
 
 
 def _place(beat: Beat) -> str:

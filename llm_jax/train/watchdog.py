@@ -63,7 +63,8 @@ class Watchdog:
         self._config = config
         self._process, self._processes, self._attempt = 0, 1, ""
         self._host = socket.gethostname()
-        self._progress = Progress(0, "prepare", 0, first=True)
+        self.progress = Progress(0, "prepare", 0, first=True)
+        """Where this process is."""
         self._begun, self._evaluated = 0, False
         self._step_began: float | None = None
         self._step_s: deque[float] = deque(maxlen=_WINDOW)
@@ -109,10 +110,13 @@ class Watchdog:
             self._begun += 1
         elif phase != "data":
             self._step_began = None
-        if self._progress.phase == "evaluation" != phase:
+        if phase == "restore":
+            # After a rollback too: the looks at held-out rows are compiled anew.
+            self._begun, self._evaluated = 0, False
+        elif self.progress.phase == "evaluation" != phase:
             self._evaluated = True
         first = not self._evaluated if phase == "evaluation" else self._begun <= _WARM
-        self._progress = Progress(self._progress.number + 1, phase, step, first)
+        self.progress = Progress(self.progress.number + 1, phase, step, first)
 
     def _begin(self, _: list[str]) -> str:
         """Process 0 clears what earlier attempts left, and names this one."""
@@ -134,7 +138,7 @@ class Watchdog:
         while not self._over.wait(TICK_S):
             # Whatever happens here, the next tick comes.
             with contextlib.suppress(Exception):
-                progress = self._progress
+                progress = self.progress
                 self._waited = self._waited + 1 if progress.number == seen else 0
                 seen = progress.number
                 since_alarm += self._verdict is not None
@@ -186,7 +190,7 @@ class Watchdog:
 
     def _beat(self) -> None:
         self._counter += 1
-        at = self._progress
+        at = self.progress
         beat = Beat(
             self._attempt, self._counter, at.number, at.phase, at.step, self._host, os.getpid(), ended=self._ended
         )
@@ -247,7 +251,7 @@ class Watchdog:
             os._exit(STALLED)
 
     def _line(self, verdict: Verdict) -> str:
-        at = self._progress
+        at = self.progress
         here = f"process {self._process} waited {self._waited} s in phase {at.phase} after {at.step} updates"
         return f"stalled: {verdict.culprit}; {here}"
 
