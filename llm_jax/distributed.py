@@ -88,14 +88,15 @@ def join_processes(heartbeat_s: int, patience_s: int) -> None:
 
 
 def read_job(patience_s: int) -> Job:
-    """What the environment says. Raises ConfigError where it contradicts itself; NobodyCame, on TPUs, for no names."""
+    """What the environment says. Raises ConfigError where it contradicts itself, or a launcher says too little."""
     devices = _device_numbers()
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     missing = [name for name in names if not os.environ.get(name)]
-    launcher = next((name for name, cluster in LAUNCHERS.items() if cluster.is_env_present()), None)
-    # The address alone may correct what a launcher says.
-    if len(missing) == 3 or (missing == list(names[1:]) and launcher):
-        return _detected(launcher, devices, patience_s)
+    if names[1] in missing and names[2] in missing:
+        launcher = next((name for name, cluster in LAUNCHERS.items() if cluster.is_env_present()), None)
+        # The address alone may correct what a launcher says.
+        if launcher or names[0] in missing:
+            return _detected(launcher, devices, patience_s)
     if missing:
         raise ConfigError(f"{', '.join(missing)} not set; several processes need all of the three variables")
     processes, process = _whole_number(names[1]), _whole_number(names[2])
