@@ -24,9 +24,8 @@ LAUNCHERS: Mapping[str, type[clusters.ClusterEnv]] = {
     "the TPU's metadata": clusters.GceTpuCluster,
 }
 
-# How long a port may still be held by the job's last life, and a new pod's name may be unknown.
+# How long a port may still be held by the job's last life.
 PORT_PATIENCE_S = 10.0
-NAME_PATIENCE_S = 60.0
 # When whoever waits is first told what for, and how often after that.
 FIRST_WORD_S = 5.0
 WORD_EVERY_S = 30.0
@@ -89,14 +88,15 @@ def join_processes(heartbeat_s: int, patience_s: int) -> None:
 
 
 def read_job(patience_s: int) -> Job:
-    """What the environment says. Raises ConfigError where it contradicts itself; NobodyCame, on TPUs, for no names."""
+    """What the environment says. Raises ConfigError where it contradicts itself, or a launcher says too little."""
     devices = _device_numbers()
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     missing = [name for name in names if not os.environ.get(name)]
-    launcher = next((name for name, cluster in LAUNCHERS.items() if cluster.is_env_present()), None)
-    # The address alone may correct what a launcher says.
-    if len(missing) == 3 or (missing == list(names[1:]) and launcher):
-        return _detected(launcher, devices, patience_s)
+    if names[1] in missing and names[2] in missing:
+        launcher = next((name for name, cluster in LAUNCHERS.items() if cluster.is_env_present()), None)
+        # The address alone may correct what a launcher says.
+        if launcher or names[0] in missing:
+            return _detected(launcher, devices, patience_s)
     if missing:
         raise ConfigError(f"{', '.join(missing)} not set; several processes need all of the three variables")
     processes, process = _whole_number(names[1]), _whole_number(names[2])
@@ -237,28 +237,26 @@ def connect(job: Job, heartbeat_s: int, patience_s: int) -> None:
         waited = time.monotonic() - began
         if not thread.is_alive() or waited < until:
             continue
-        obstacle, is_name = _obstacle(job)
-        if waited >= limit_s or (is_name and waited >= NAME_PATIENCE_S):
-            raise NobodyCame(f"process {job.process} of {job.processes} gave up after {waited:.0f} s: {obstacle}")
-        print(
-            f"process {job.process} of {job.processes} waits: {obstacle}, {waited:.0f} s", file=sys.stderr, flush=True
-        )
+        who, what = f"process {job.process} of {job.processes}", _obstacle(job)
+        if waited >= limit_s:
+            raise NobodyCame(f"{who} gave up after {waited:.0f} s: {what}")
+        print(f"{who} waits: {what}, {waited:.0f} s", file=sys.stderr, flush=True)
         next_word = waited + WORD_EVERY_S
     if failures:
         raise failures[0]
 
 
-def _obstacle(job: Job) -> tuple[str, bool]:
-    """What is in the way, and whether it is that the name of process 0's machine is unknown."""
+def _obstacle(job: Job) -> str:
+    """What is in the way. A name may be unknown for long where process 0's pod has not been placed yet."""
     if job.process == 0 and (here := _connections(job.port)):
-        return f"{here} of them have come to {job.address}", False
+        return f"{here} of them have come to {job.address}"
     try:
         socket.create_connection((job.host.strip("[]"), job.port), timeout=2).close()
     except socket.gaierror:
-        return f"the name {job.host} of process 0's machine is not known here", True
+        return f"the name {job.host} of process 0's machine is not known here"
     except OSError as error:
-        return f"process 0 does not answer at {job.address} ({error.strerror or error})", False
-    return f"process 0 answers at {job.address}, and waits for others", False
+        return f"process 0 does not answer at {job.address} ({error.strerror or error})"
+    return f"process 0 answers at {job.address}, and waits for others"
 
 
 def _connections(port: int) -> int:

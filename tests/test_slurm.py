@@ -97,9 +97,14 @@ def requeued(slurm: Slurm, job: str, restarts: int = 1, timeout: float = 60) -> 
 
 
 def ended(slurm: Slurm, job: str, folder: Path, timeout: float = 120) -> tuple[str, int]:
-    """State and exit code of a job that has ended; fails where it is requeued or still running after that time."""
-    over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PENDING")
-    slurm.wait(lambda: slurm.job(job).state in over, timeout, f"the end of job {job}\n{log(folder)}")
+    """State and exit code of a job that has ended, or was requeued; fails where it goes on for longer than that."""
+    over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    begun = slurm.job(job).restarts
+    slurm.wait(
+        lambda: (now := slurm.job(job)).state in over or (now.state == "PENDING" and now.restarts > begun),
+        timeout,
+        f"the end of job {job}\n{log(folder)}",
+    )
     return slurm.job(job).state, slurm.job(job).exit_code
 
 
@@ -183,14 +188,20 @@ def test_preempted_and_requeued_it_is_the_same_run(slurm: Slurm, in_one_go: Path
 
 @pytest.mark.slow
 def test_out_of_time_and_requeued_it_is_the_same_run(slurm: Slurm, in_one_go: Path, tmp_path: Path) -> None:
-    """The shortest limit is a minute; slurmctld looks twice a minute, so SIGTERM comes 10 to 40 s after the start."""
-    run_dir = tmp_path / "run"
-    resources = TWO_NODES | {"time": "1", "signal_seconds": 20}
+    """Limits are whole minutes, which slurmctld looks at twice a minute: this one is set one to two minutes ahead."""
+    run_dir, begun = tmp_path / "run", time.monotonic()
+    resources = TWO_NODES | {"time": "60", "signal_seconds": 90}
     job = launch(slurm, tmp_path, resources, python=plant(tmp_path, SLOW.format(seconds=1.2)))
+    slurm.wait(functools.partial(has_lines, run_dir, 6), 120, "six updates")
+    minutes = int(time.monotonic() - begun) // 60 + 2
+    slurm.run("scontrol", "update", f"jobid={job}", f"TimeLimit={minutes}")
+    slurm.wait(lambda: slurm.job(job).state == "PENDING", 90, f"job {job} to be requeued")
+    slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=60")
     requeued(slurm, job)
     assert "exit code 75: requeued (saved)" in log(tmp_path)
-    assert newest(run_dir) < 40
+    assert 6 <= newest(run_dir) < 40
     assert ended(slurm, job, tmp_path) == ("COMPLETED", 0), log(tmp_path)
+    assert f"resumed from {run_dir}" in log(tmp_path)
     assert_same_history(run_dir, in_one_go)
 
 
