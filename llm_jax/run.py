@@ -130,6 +130,8 @@ def mesh_sizes(mesh: MeshConfig, n_devices: int) -> dict[str, int]:
         raise ConfigError(
             f"mesh needs {math.prod(sizes.values())} devices ({_product(sizes)}), and there are {n_devices}"
         )
+    if mesh.slices is not None:
+        alphabet.over_slices(sizes, mesh.slices)
     return sizes
 
 

@@ -182,7 +182,7 @@ def for_decoding(weights: Weights, cfg: ModelConfig) -> Iterator[tuple[Weights, 
     sizes = dict(mesh.shape)
     if sizes["context"] > 1:
         sizes |= {"context": 1, "fsdp": sizes["fsdp"] * sizes["context"]}
-        mesh = make_mesh(sizes, mesh.devices.flat)
+        mesh = make_mesh(sizes, list(mesh.devices.flat))
         weights = jax.tree.map(
             lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.typeof(x).sharding.spec)), weights
         )

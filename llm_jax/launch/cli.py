@@ -11,7 +11,7 @@ from llm_jax.launch.job import read_job, read_resources
 
 _DESCRIPTION = """\
 Turn a config and a file of resources into a job: an sbatch script, a Kubernetes JobSet, or processes on this machine.
-It is printed; --submit submits it (sbatch, kubectl apply) or, for local, runs it. The mesh is checked against the
+It is printed; --submit submits it (sbatch, kubectl create) or, for local, runs it. The mesh is checked against the
 devices before anything queues. A job that exits with 75 (saved) is started again without limit, after a stall (76) or
 a death by signal up to `restarts` times, and after anything else never."""
 

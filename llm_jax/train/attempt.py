@@ -16,6 +16,7 @@ from llm_jax.data.loader import open_rows
 from llm_jax.eval.validation import Validate, make_validation
 from llm_jax.guards import Guards
 from llm_jax.manifest import Kind
+from llm_jax.mesh import told_slices
 from llm_jax.model import backends
 from llm_jax.model.paths import to_tree
 from llm_jax.model.transformer import Weights
@@ -48,8 +49,8 @@ def attempt(run: Run, *, allow_drift: bool) -> int:
         agree_on_directory(run.run_dir)
         with Watchdog(run.run_dir, run.watchdog) as watch:
             watch.at("prepare", 0)
-            prepared = data_of(run, report)
-            if guards.stop():
+            prepared = data_of(run, report, guards.heard)
+            if prepared is None or guards.stop():
                 return unsaved(guards, report)
             watch.at("restore", 0)
             with contextlib.closing(Checkpoints(Path(run.run_dir, "checkpoints"), keep=run.checkpoint.keep)) as kept:
@@ -182,7 +183,7 @@ def describe(session: Session, report: Report) -> None:
     )
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1) or "one device"
     choices = ", ".join(f"{name.replace('_', ' ')} {choice}" for name, choice in backends.told(run.model).items())
-    report(f"mesh: {axes} ({mesh.size} {device.device_kind}); {choices}")
+    report(f"mesh: {axes} ({mesh.size} {device.device_kind}){told_slices(mesh, run.mesh.slices)}; {choices}")
     report(f"training: {run.train.steps} steps of {run.tokens_per_step} tokens, {epochs:.2f} times through the text")
     peak = peak_flops(device.device_kind, run.model.compute_dtype)
     told = (

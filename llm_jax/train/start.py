@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from llm_jax import config
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import ConfigError
-from llm_jax.data.prepare import Prepared, open_prepared, prepare
+from llm_jax.data.prepare import Prepared, Stopped, open_prepared, prepare
 from llm_jax.mesh import acts, make_mesh
 from llm_jax.model.backends import resolve
 from llm_jax.model.paths import from_tree, placed, to_tree
@@ -68,20 +68,23 @@ def mesh_of(run: Run) -> Mesh:
                 f"the mesh uses {used} of {jax.device_count()} devices; with several processes it uses all"
             )
         print(f"the mesh uses {used} of {jax.device_count()} devices")
-    return make_mesh(sizes)
+    return make_mesh(sizes, slices=run.mesh.slices)
 
 
-def data_of(run: Run, report: Callable[[str], None]) -> Prepared:
-    """The run's prepared data; what is missing is made first, by process 0."""
+def data_of(run: Run, report: Callable[[str], None], stop: Callable[[], bool]) -> Prepared | None:
+    """The run's prepared data; what is missing is made first, by process 0. None where stop, asked by it, said so."""
     wanted = (run.data, run.tokenizer, run.model.vocab_size, run.seed)
 
     def make(_: list[str]) -> str:
-        prepare(*wanted, report=report)
+        try:
+            prepare(*wanted, report=report, stop=stop)
+        except Stopped:
+            return "stopped"
         return ""
 
     # Tokenising a large corpus takes process 0 hours, and the others have nothing else to do.
-    settle("data", "", make, timeout_s=7 * 24 * 3600)
-    return open_prepared(*wanted)
+    outcome = settle("data", "", make, timeout_s=7 * 24 * 3600)
+    return open_prepared(*wanted) if outcome == "" else None
 
 
 def begin(
