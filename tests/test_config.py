@@ -146,7 +146,7 @@ def mistakes(config: Config, *overrides: str) -> list[str]:
         (["d_model=1"], ["d_model: no such field; did you mean model.d_model?"]),
         (["source.kind=files"], ["source.kind: no such section; did you mean data.source?"]),
         (["data.batch_rows=8"], ["data.batch_rows: no such field; did you mean train.batch_rows?"]),
-        (["checkpoint.qqq=8"], ["checkpoint.qqq: no such field; checkpoint has every, keep"]),
+        (["checkpoint.qqq=8"], ["checkpoint.qqq: no such field; checkpoint has every, keep, minutes, permanent_every"]),
         (["modle=1"], ["modle: no such field; did you mean model?"]),
         (["model.d_model.x=1"], ["model.d_model.x: no such field; model.d_model is not a section"]),
         (["model=3"], ["model = 3: model is a section; set its fields, such as model.d_model=..."]),
