@@ -57,6 +57,7 @@ SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
+Epilog={folder}/epilog
 KillWait={kill_wait}
 SlurmctldTimeout=30
 SlurmdTimeout=30
@@ -102,6 +103,9 @@ class Slurm:
             (self.folder / name).mkdir(mode=0o700)
         (self.folder / "munge" / "key").write_bytes(os.urandom(1024))
         (self.folder / "munge" / "key").chmod(0o600)
+        # A node refuses a job that is started again within the second in which it was ended: that has to be over first.
+        (self.folder / "epilog").write_text("#!/bin/sh\nsleep 1.1\n")
+        (self.folder / "epilog").chmod(0o700)
         (self.folder / "slurm.conf").write_text(conf + PARTITIONS.format(grace=GRACE_S))
         munge = self.folder / "munge"
         self._daemon(
@@ -183,23 +187,7 @@ class Slurm:
 
     def start_now(self, number: str) -> None:
         """Spares a requeued job the two minutes that Slurm lets it wait."""
-        # The nodes have been told to start it no more: what was issued within that second is refused.
-        self.run("scontrol", "update", f"jobid={number}", "StartTime=now+2")
-
-    def run_out(self, timeout: float) -> dict[str, Job]:
-        """Waits until every job, array elements each, has ended; what became of them, by their names in the logs."""
-        jobs: dict[str, Job] = {}
-
-        def over() -> bool:
-            queued = self.run("squeue", "--noheader", "--array", "--format=%i %T").splitlines()
-            for number, state in (line.split() for line in queued):
-                jobs[number] = self.job(number)
-                if state == "PENDING" and jobs[number].restarts:
-                    self.start_now(number)
-            return not queued
-
-        self.wait(over, timeout, "all jobs to end")
-        return {number: self.job(number) for number in jobs}
+        self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
 
     def wait(self, condition: Callable[[], bool], timeout: float, what: str = "the nodes") -> None:
         """Waits until the condition holds; fails after timeout seconds, with what the daemons said."""
