@@ -24,7 +24,7 @@ import pytest
 
 from tests.conftest import ROOT, STRICT
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
+PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 KILL_WAIT_S = 10
 GRACE_S = 60
 
@@ -124,11 +124,12 @@ class Slurm:
 
     def _daemon(self, program: str, *arguments: str) -> None:
         name = " ".join([program, *(argument for argument in arguments if argument in self.nodes)])
+        # Where the tests are killed, nobody is left to call stop: then the kernel ends the daemons.
+        command = ["setpriv", "--pdeathsig=KILL", program, *arguments]
         with (self.folder / "log" / f"{name}.out").open("ab") as out:
             self.daemons[name] = subprocess.Popen(
-                [program, *arguments], env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True,
-            )  # fmt: skip
+                command, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
 
     def stop(self) -> None:
         """Ends jobs and daemons, whatever state they are in."""

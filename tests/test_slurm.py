@@ -19,6 +19,9 @@ from tests.conftest import ROOT
 from tests.slurm_lab import KILL_WAIT_S, Slurm, running_slurm
 from tests.training import SMALL, assert_same_history, curve, has_lines, lines, newest
 
+# tests/training.py's run, with half its updates.
+STEPS = 20
+SHORT = (*(wish for wish in SMALL if not wish.startswith("train.steps=")), f"train.steps={STEPS}")
 TWO_NODES = {"nodes": 2, "partition": "low", "restarts": 1}
 
 # Every process of the program goes through this. Faults are planted around it, never in it.
@@ -59,7 +62,7 @@ def in_one_go(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def launch(slurm: Slurm, folder: Path, resources: dict, *words: str, python: str | None = None) -> str:
-    """Submits tests/training.py's run, or other words of the command line; returns the job's number.
+    """Submits the short run, or other words of the command line; returns the job's number.
 
     python is the text of a program that stands in for the interpreter.
     """
@@ -69,7 +72,7 @@ def launch(slurm: Slurm, folder: Path, resources: dict, *words: str, python: str
         (folder / "bin" / "python").chmod(0o755)
         resources = resources | {"setup": [f"PATH={shlex.quote(str(folder / 'bin'))}:$PATH"]}
     (folder / "resources.yaml").write_text(json.dumps(resources))
-    words = words or (str(ROOT / "configs" / "tiny_causal.py"), *SMALL, f"run_dir={folder / 'run'}")
+    words = words or (str(ROOT / "configs" / "tiny_causal.py"), *SHORT, f"run_dir={folder / 'run'}")
     command = [sys.executable, "-m", "llm_jax", "launch", "slurm", *words, "--resources", "resources.yaml", "--submit"]
     done = subprocess.run(command, cwd=folder, env=slurm.env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -174,16 +177,16 @@ def test_a_cancelled_job_stays_cancelled(slurm: Slurm, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_preempted_and_requeued_it_is_the_same_run(slurm: Slurm, in_one_go: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    job = launch(slurm, tmp_path, TWO_NODES, python=plant(tmp_path, SLOW.format(seconds=0.3)))
+    job = launch(slurm, tmp_path, TWO_NODES, python=plant(tmp_path, SLOW.format(seconds=0.5)))
     slurm.wait(functools.partial(has_lines, run_dir, 6), 90, "six updates")
     urgent = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     slurm.run("sbatch", *urgent)
     requeued(slurm, job)
     assert "exit code 75: requeued (saved)" in log(tmp_path)
-    assert 6 <= newest(run_dir) < 40
+    assert 6 <= newest(run_dir) < STEPS
     assert ended(slurm, job, tmp_path) == ("COMPLETED", 0), log(tmp_path)
     assert f"resumed from {run_dir}" in log(tmp_path)
-    assert_same_history(run_dir, in_one_go)
+    assert_same_history(run_dir, in_one_go, STEPS)
 
 
 @pytest.mark.slow
@@ -191,7 +194,7 @@ def test_out_of_time_and_requeued_it_is_the_same_run(slurm: Slurm, in_one_go: Pa
     """Limits are whole minutes, which slurmctld looks at twice a minute: this one is set one to two minutes ahead."""
     run_dir, begun = tmp_path / "run", time.monotonic()
     resources = TWO_NODES | {"time": "60", "signal_seconds": 90}
-    job = launch(slurm, tmp_path, resources, python=plant(tmp_path, SLOW.format(seconds=1.2)))
+    job = launch(slurm, tmp_path, resources, python=plant(tmp_path, SLOW.format(seconds=3)))
     slurm.wait(functools.partial(has_lines, run_dir, 6), 120, "six updates")
     minutes = int(time.monotonic() - begun) // 60 + 2
     slurm.run("scontrol", "update", f"jobid={job}", f"TimeLimit={minutes}")
@@ -199,10 +202,10 @@ def test_out_of_time_and_requeued_it_is_the_same_run(slurm: Slurm, in_one_go: Pa
     slurm.run("scontrol", "update", f"jobid={job}", "TimeLimit=60")
     requeued(slurm, job)
     assert "exit code 75: requeued (saved)" in log(tmp_path)
-    assert 6 <= newest(run_dir) < 40
+    assert 6 <= newest(run_dir) < STEPS
     assert ended(slurm, job, tmp_path) == ("COMPLETED", 0), log(tmp_path)
     assert f"resumed from {run_dir}" in log(tmp_path)
-    assert_same_history(run_dir, in_one_go)
+    assert_same_history(run_dir, in_one_go, STEPS)
 
 
 @pytest.mark.slow
@@ -210,7 +213,7 @@ def test_out_of_time_and_requeued_it_is_the_same_run(slurm: Slurm, in_one_go: Pa
 def test_a_node_is_lost_and_it_is_the_same_run(slurm: Slurm, in_one_go: Path, tmp_path: Path, which: int) -> None:
     """From one moment to the next nothing of it answers, as when the power fails; later it is back."""
     run_dir, lost = tmp_path / "run", slurm.nodes[which]
-    job = launch(slurm, tmp_path, TWO_NODES, python=plant(tmp_path, SLOW.format(seconds=0.3)))
+    job = launch(slurm, tmp_path, TWO_NODES, python=plant(tmp_path, SLOW.format(seconds=0.5)))
     slurm.wait(functools.partial(has_lines, run_dir, 6), 90, "six updates")
     silent = slurm.lose(lost)
     # Slurm finds out by itself too, after SlurmdTimeout.
@@ -219,10 +222,10 @@ def test_a_node_is_lost_and_it_is_the_same_run(slurm: Slurm, in_one_go: Path, tm
         os.kill(pid, signal.SIGKILL)
     slurm.start_node(lost)
     requeued(slurm, job)
-    assert newest(run_dir) < 40
+    assert newest(run_dir) < STEPS
     assert ended(slurm, job, tmp_path) == ("COMPLETED", 0), log(tmp_path)
     assert f"resumed from {run_dir}" in log(tmp_path)
-    assert_same_history(run_dir, in_one_go)
+    assert_same_history(run_dir, in_one_go, STEPS)
 
 
 @pytest.mark.slow
@@ -242,7 +245,7 @@ def test_two_configs_are_an_array(slurm: Slurm, tmp_path: Path) -> None:
     """At the same time, on the same nodes, without meeting each other."""
     configs = [tmp_path / "one.py", tmp_path / "two.py"]
     for config, lr in zip(configs, ("1e-3", "2e-3"), strict=True):
-        wishes = [*SMALL, f"run_dir={tmp_path / config.stem}", f"name={config.stem}", f"optim.lr={lr}"]
+        wishes = [*SHORT, f"run_dir={tmp_path / config.stem}", f"name={config.stem}", f"optim.lr={lr}"]
         config.write_text(
             "from llm_jax.config import load, override\nfrom llm_jax.run import Run\n\n\ndef config():\n"
             f"    return override(load({str(ROOT / 'configs' / 'tiny_causal.py')!r}, Run), {wishes!r})\n"
