@@ -218,7 +218,9 @@ class Checkpoints:
         if self._folder(step).exists():
             raise FileExistsError(None, "exists already", str(self._folder(step)))
         shutil.rmtree(self._unfinished(step), ignore_errors=True)  # what a failed save of this number left
-        (self._unfinished(step) / STATE).mkdir(parents=True)
+        # No parents: a directory that is gone in mid-run is not made anew, beside what went with it.
+        self._unfinished(step).mkdir()
+        (self._unfinished(step) / STATE).mkdir()
 
     def _start_writing(self, folder: Path, arrays: Mapping[str, jax.Array]) -> list[Future]:
         """Copies the arrays to the host and begins to write them."""
@@ -257,7 +259,10 @@ class Checkpoints:
             problem, digests = self._ended(copied), {}
             self._together("written", what, problem, act=finish)
             try:
-                digests = manifest.file_digests(folder, manifest.share(manifest.file_sizes(folder), index, count))
+                mine = manifest.share(manifest.file_sizes(folder), index, count)
+                digests = manifest.file_digests(folder, mine)
+                # Orbax does not flush files of its own: after a power cut a checkpoint with a number would miss them.
+                durable.flush_files(folder / path for path in mine)
             except OSError as error:
                 problem = error
             self._together("hashed", what, problem, digests, lambda shares: self._complete(step, kind, shares))
@@ -274,6 +279,7 @@ class Checkpoints:
         if sizes.keys() != digests.keys():
             raise OSError(None, "the processes see different files", str(folder))
         durable.write(folder / manifest.NAME, manifest.encode(Manifest(step, sizes, digests, kind)))
+        durable.flush_tree(folder)
         folder.rename(self._folder(step))
         durable.flush_folder(self.directory)
         for old in manifest.retired(self._kinds(), self._keep):
@@ -358,7 +364,7 @@ def _one_line(error: Exception) -> str:
         return os.strerror(int(number[1]))
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    first = str(error).strip().split("\n")[0].split(" [source locations")[0]
+    first = str(error).strip().split("\n")[0].split(" [source locations")[0].split(" [tensorstore_spec")[0]
     return first if isinstance(error, Damaged) else f"{type(error).__name__}: {first}"
 
 

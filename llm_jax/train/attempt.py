@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from jax import Array
 
-from llm_jax import config, exit_codes
+from llm_jax import config, durable, exit_codes
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.data.loader import open_rows
 from llm_jax.eval.validation import Validate, make_validation
@@ -41,7 +41,8 @@ def attempt(run: Run, *, allow_drift: bool) -> int:
 
     def report(line: str) -> None:
         if jax.process_index() == 0:
-            print(line, flush=True)
+            with durable.told("stdout"):
+                print(line, flush=True)
 
     started = time.monotonic()
     mesh = mesh_of(run)
@@ -114,7 +115,8 @@ def go(session: Session, programs: Programs, guards: Guards, watch: Watchdog) ->
     look = make_look(session) if run.eval.every else no_look
     is_first = jax.process_index() == 0
     if is_first:
-        write_run(session)
+        with durable.told(run.run_dir):
+            write_run(session)
 
     with open_log(run.run_dir, session.done, run.train.steps, run.logging, writes=is_first) as log:
 
@@ -167,8 +169,8 @@ def no_look(weights: Weights, stop: Callable[[], bool]) -> None:
 def write_run(session: Session) -> None:
     """What the run directory says of itself: config.json, the tokenizer, and one more entry in environment.json."""
     run = session.run
-    Path(run.run_dir, "config.json").write_text(config.to_json(run) + "\n", encoding="utf-8")
-    Path(run.run_dir, "tokenizer.model").write_bytes(session.prepared.tokenizer.model)
+    durable.replace(Path(run.run_dir, "config.json"), f"{config.to_json(run)}\n".encode())
+    durable.replace(Path(run.run_dir, "tokenizer.model"), session.prepared.tokenizer.model)
     choices = backends.told(run.model)
     environment.record(run.run_dir, session.done, {"backends": choices, "mesh": dict(session.mesh.shape)})
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_jax import exit_codes
+from llm_jax import durable, exit_codes
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.train.ledger import Wish
 from llm_jax.train.state import TrainState
@@ -77,6 +77,5 @@ def record(run_dir: str | os.PathLike[str], line: dict[str, Any]) -> None:
     path = Path(run_dir, ROLLBACKS)
     known = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     kept = [other for other in known if other["rollback"] < line["rollback"]]
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(entry) + "\n" for entry in [*kept, line]), encoding="utf-8")
-    os.replace(temporary, path)
+    with durable.told(path):
+        durable.replace(path, "".join(json.dumps(entry) + "\n" for entry in [*kept, line]).encode())

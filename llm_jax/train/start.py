@@ -25,6 +25,7 @@ from llm_jax.model.transformer import abstract_model
 from llm_jax.processes import settle
 from llm_jax.run import FREE_TO_CHANGE, Run, check_mesh, mesh_sizes
 from llm_jax.run_directory import Refused
+from llm_jax.train.metrics import VALIDATION, last_step
 from llm_jax.train.replay import Checksums, make_checksums
 from llm_jax.train.state import TrainState, abstract_state, init_state, with_weights
 from llm_jax.train.step import Metrics, make_gradient, make_step
@@ -105,10 +106,21 @@ def begin(
     newest = checkpoints.newest_intact()
     if newest is not None:
         refuse_drift(checkpoints.meta(newest), run, prepared, allow_drift, report)
-        if newest == run.train.steps:
+        if newest == run.train.steps and is_looked_at(run):
             return None
     state = state_at(newest, run, mesh, prepared, checkpoints, report)
     return Session(run, mesh, prepared, checkpoints, state, done=newest or 0)
+
+
+def is_looked_at(run: Run) -> bool:
+    """Whether the last look at held-out rows, if there is to be one, was written down: it may come after the last save.
+
+    By what process 0 finds.
+    """
+    if not run.eval.every:
+        return True
+    last = settle("last look", "", lambda _: str(last_step(Path(run.run_dir, VALIDATION))))
+    return int(last) >= run.train.steps
 
 
 def state_at(
