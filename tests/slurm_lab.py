@@ -199,7 +199,7 @@ class Slurm:
                 pytest.fail(f"waited {timeout} s for {what}\n" + "\n".join(f"-- {k}\n{v}" for k, v in logs.items()))
             time.sleep(0.1)
 
-    def wait_for_state(self, number: str, *states: str, timeout: float = 120) -> Job:
+    def wait_for_state(self, number: str, *states: str, timeout: float = 300) -> Job:
         """Waits until a job is in one of the states."""
         self.wait(lambda: self.job(number).state in states, timeout, f"job {number} to be {' or '.join(states)}")
         return self.job(number)

@@ -91,7 +91,7 @@ def log(folder: Path) -> str:
     return "".join(path.read_text() for path in sorted((folder / "logs").glob("*.out")))
 
 
-def requeued(slurm: Slurm, job: str, restarts: int = 1, timeout: float = 60) -> None:
+def requeued(slurm: Slurm, job: str, restarts: int = 1, timeout: float = 120) -> None:
     """Waits until Slurm has put the job back into the queue, and has it begin at once."""
     waiting = ("PENDING", restarts)
     slurm.wait(lambda: slurm.job(job)[:2] == waiting, timeout, f"job {job} to be requeued")
@@ -99,7 +99,7 @@ def requeued(slurm: Slurm, job: str, restarts: int = 1, timeout: float = 60) -> 
     slurm.wait(lambda: slurm.job(job)[:2] != waiting, timeout, f"job {job} to begin again")
 
 
-def ended(slurm: Slurm, job: str, folder: Path, timeout: float = 120) -> tuple[str, int]:
+def ended(slurm: Slurm, job: str, folder: Path, timeout: float = 300) -> tuple[str, int]:
     """State and exit code of a job that has ended, or was requeued; fails where it goes on for longer than that."""
     over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
     begun = slurm.job(job).restarts
@@ -178,7 +178,7 @@ def test_a_cancelled_job_stays_cancelled(slurm: Slurm, tmp_path: Path) -> None:
 def test_preempted_and_requeued_it_is_the_same_run(slurm: Slurm, in_one_go: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = launch(slurm, tmp_path, TWO_NODES, python=plant(tmp_path, SLOW.format(seconds=0.5)))
-    slurm.wait(functools.partial(has_lines, run_dir, 6), 90, "six updates")
+    slurm.wait(functools.partial(has_lines, run_dir, 6), 240, "six updates")
     urgent = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     slurm.run("sbatch", *urgent)
     requeued(slurm, job)
@@ -195,7 +195,7 @@ def test_out_of_time_and_requeued_it_is_the_same_run(slurm: Slurm, in_one_go: Pa
     run_dir, begun = tmp_path / "run", time.monotonic()
     resources = TWO_NODES | {"time": "60", "signal_seconds": 90}
     job = launch(slurm, tmp_path, resources, python=plant(tmp_path, SLOW.format(seconds=3)))
-    slurm.wait(functools.partial(has_lines, run_dir, 6), 120, "six updates")
+    slurm.wait(functools.partial(has_lines, run_dir, 6), 240, "six updates")
     minutes = int(time.monotonic() - begun) // 60 + 2
     slurm.run("scontrol", "update", f"jobid={job}", f"TimeLimit={minutes}")
     slurm.wait(lambda: slurm.job(job).state == "PENDING", 90, f"job {job} to be requeued")
@@ -214,7 +214,7 @@ def test_a_node_is_lost_and_it_is_the_same_run(slurm: Slurm, in_one_go: Path, tm
     """From one moment to the next nothing of it answers, as when the power fails; later it is back."""
     run_dir, lost = tmp_path / "run", slurm.nodes[which]
     job = launch(slurm, tmp_path, TWO_NODES, python=plant(tmp_path, SLOW.format(seconds=0.5)))
-    slurm.wait(functools.partial(has_lines, run_dir, 6), 90, "six updates")
+    slurm.wait(functools.partial(has_lines, run_dir, 6), 240, "six updates")
     silent = slurm.lose(lost)
     # Slurm finds out by itself too, after SlurmdTimeout.
     slurm.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=lost")
@@ -231,7 +231,7 @@ def test_a_node_is_lost_and_it_is_the_same_run(slurm: Slurm, in_one_go: Path, tm
 @pytest.mark.slow
 def test_an_exception_in_one_process_ends_the_job(slurm: Slurm, tmp_path: Path) -> None:
     job = launch(slurm, tmp_path, TWO_NODES, python=plant(tmp_path, RAISES))
-    slurm.wait(lambda: (tmp_path / "logs").exists() and "RuntimeError: planted" in log(tmp_path), 90, "the exception")
+    slurm.wait(lambda: (tmp_path / "logs").exists() and "RuntimeError: planted" in log(tmp_path), 240, "the exception")
     began = time.monotonic()
     assert ended(slurm, job, tmp_path) == ("FAILED", 1), log(tmp_path)
     slurm.wait(lambda: not slurm.processes(f"SLURM_JOB_ID={job}"), 30, "all to be gone")
