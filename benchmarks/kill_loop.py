@@ -36,7 +36,8 @@ HEADING = "## The kill loop\n"
 SECTION = """
 `benchmarks/kill_loop.py` trains a tiny run of {steps} updates, with looks at held-out rows and checkpoints by number
 and by the clock, and sends SIGKILL at random moments: to all processes, or to one of two, of which the other then ends
-by itself or is killed some seconds later, as by a launcher. A third of the kills wait for a half-written checkpoint.
+by itself or is killed some seconds later, as by a launcher. Four in ten fall before the first update, three in ten wait
+for a half-written checkpoint.
 After each kill the same command goes on, until the run has come to its end; then a start on the finished run is killed
 too, and another run begins. Every history is held against the one of a run that nobody stopped, with as many processes:
 updates 1 to {steps} once each, every batch once, every line of `metrics.jsonl` and `validation.jsonl` but the times,
@@ -76,16 +77,16 @@ def loop(folder: Path, processes: int, n_kills: int, seed: int) -> Tally:
     started, draw = time.monotonic(), random.Random(f"{seed} {processes}")
     uninterrupted = Trial(folder / "uninterrupted", processes, folder / "cache")
     to_the_end(uninterrupted)
-    # Once more, now that everything is compiled: for how long it takes, and as a control.
+    # Once more, now that everything is compiled: for how long its beginning takes, and as a control.
     again = uninterrupted._replace(run_dir=folder / "again")
-    usual_s = to_the_end(again)
+    beginning_s = to_the_end(again)
     differing = int(differs(again, uninterrupted, 0))
     kills: list[Kill] = []
     runs = 0
     while len(kills) < n_kills:
         runs += 1
         trial = uninterrupted._replace(run_dir=folder / f"run-{runs}")
-        for kill in survived(trial, draw, n_kills - len(kills), usual_s):
+        for kill in survived(trial, draw, n_kills - len(kills), beginning_s):
             kills.append(kill)
             tell({"kill": len(kills), "processes": processes, "run": runs, **kill._asdict()})
         differing += differs(trial, uninterrupted, runs)

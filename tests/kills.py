@@ -18,19 +18,19 @@ from llm_jax.checkpoint import Checkpoints
 from tests.conftest import ROOT, STRICT, free_port
 from tests.training import TIMES, arrays, curve, half_written, has_lines, is_saving, newest, steps_written, train
 
-STEPS, EVERY = 48, 6
+STEPS, EVERY = 60, 10
 # Held-out rows are looked at too, and some checkpoints come by the clock: their number is not the same in each life.
 OVERRIDES = (
     f"train.steps={STEPS}",
     f"checkpoint.every={EVERY}",
-    "checkpoint.minutes=0.01",
+    "checkpoint.minutes=0.02",
     "eval.every=10",
     "eval.rows=16",
 )
 PROGRAM = ("-m", "llm_jax")
 PHASES = ("start", "restore", "compile", "training", "save", "end", "on a finished run")
-# How often a kill aims at what. Anywhere is anywhere between the first instruction and the last.
-AIMS = {"anywhere": 30, "training": 30, "saving": 35, "the end": 5}
+# How often a kill aims at what: the time to the first update, updates, half-written checkpoints, the last update.
+AIMS = {"beginning": 40, "training": 25, "saving": 30, "end": 5}
 PATIENCE_S = 600.0
 
 
@@ -149,22 +149,25 @@ def begun(trial: Trial) -> Iterator[Life]:
 
 
 def to_the_end(trial: Trial) -> float:
-    """Lets the run go on to its end, and returns how many seconds that took."""
+    """Lets the run go on to its end, and returns how many seconds it took to the first update, if there was one."""
     with begun(trial) as life:
+        while not is_training(life) and life.goes_on():
+            time.sleep(0.01)
+        beginning_s = time.monotonic() - life.started
         life.wait()
-        return time.monotonic() - life.started
+        return beginning_s
 
 
-def killed(trial: Trial, draw: random.Random, typical_s: float) -> Kill | None:
+def killed(trial: Trial, draw: random.Random, beginning_s: float) -> Kill | None:
     """One life, killed at a random moment; None if it ended well before that moment came.
 
-    typical_s: how long a life takes that nobody ends.
+    beginning_s: how long a start takes to its first update.
     """
     # A finished run has nothing to aim at.
     finished = newest(trial.run_dir) == STEPS
-    aim = "anywhere" if finished else draw.choices([*AIMS], [*AIMS.values()])[0]
+    aim = "beginning" if finished else draw.choices([*AIMS], [*AIMS.values()])[0]
     with begun(trial) as life:
-        reached, delay = moment(aim, life, draw, typical_s / 2 if finished else typical_s)
+        reached, delay = moment(aim, life, draw, beginning_s)
         while not reached() and life.goes_on():
             time.sleep(0.002)
         time.sleep(delay)
@@ -188,7 +191,7 @@ def killed(trial: Trial, draw: random.Random, typical_s: float) -> Kill | None:
         return kill if len(victims) == trial.processes else kill._replace(others=end_of_the_others(life, draw))
 
 
-def moment(aim: str, life: Life, draw: random.Random, typical_s: float) -> tuple[Callable[[], bool], float]:
+def moment(aim: str, life: Life, draw: random.Random, beginning_s: float) -> tuple[Callable[[], bool], float]:
     """When to kill: as soon as a condition holds, and so many seconds later."""
     run_dir = life.trial.run_dir
     match aim:
@@ -199,9 +202,9 @@ def moment(aim: str, life: Life, draw: random.Random, typical_s: float) -> tuple
         case "saving":
             goal = life.restored + draw.randint(1, 2 * EVERY)
             return (lambda: is_training(life) and is_saving(run_dir, goal)), draw.uniform(0, 0.15)
-        case "the end":
+        case "end":
             return (lambda: is_training(life) and has_lines(run_dir, STEPS)), draw.uniform(0, 1)
-    at = life.started + draw.uniform(0, typical_s)
+    at = life.started + draw.uniform(0, beginning_s)
     return (lambda: time.monotonic() >= at), 0.0
 
 
@@ -251,11 +254,11 @@ def end_of_the_others(life: Life, draw: random.Random) -> str:
     return ", ".join(f"killed {took}" if code is None else f"ended with {code} {took}" for code in codes)
 
 
-def survived(trial: Trial, draw: random.Random, kills: int, typical_s: float) -> Iterator[Kill]:
+def survived(trial: Trial, draw: random.Random, kills: int, beginning_s: float) -> Iterator[Kill]:
     """Kills the run up to so many times, until it has come to its end and once after that; then lets it end."""
     for _ in range(kills):
         after_the_end = newest(trial.run_dir) == STEPS
-        kill = killed(trial, draw, typical_s)
+        kill = killed(trial, draw, beginning_s)
         if kill is not None:
             yield kill
         if after_the_end:
