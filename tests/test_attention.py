@@ -294,14 +294,14 @@ def keys_cut_one_early(monkeypatch):
 
 def heads_paired_wrongly(monkeypatch):
     """Query head h reads key head h modulo K instead of h divided by the group."""
-    dense = module._dense
+    dense = module.dense
 
     def interleaved(q, k, v, *rest):
         H, K = q.shape[2], k.shape[2]
         order = np.arange(H).reshape(H // K, K).T.reshape(-1)
         return dense(q[:, :, order], k, v, *rest)[:, :, np.argsort(order)]
 
-    monkeypatch.setattr(module, "_dense", interleaved)
+    monkeypatch.setattr(module, "dense", interleaved)
 
 
 def mask_replaced(change: Callable) -> Callable:

@@ -4,6 +4,7 @@ Devices are abstract here: shapes and shardings of hundreds of billions of weigh
 """
 
 import ast
+import gc
 import math
 import re
 from pathlib import Path
@@ -134,9 +135,10 @@ def test_a_device_holds_enough_of_every_weights_minor_dimension(name: str) -> No
     "name", [name if name in QUICKLY_LOWERED else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
 )
 def test_the_step_lowers_at_the_stated_mesh(name: str) -> None:
+    gc.collect()  # what earlier tests have left may go at any time
     alive = len(jax.live_arrays())
     text = lowered(run_of(name), mesh_of(name)).as_text()
-    assert len(jax.live_arrays()) == alive
+    assert len(jax.live_arrays()) <= alive
     assert f"num_partitions = {math.prod(mesh_of(name).axis_sizes)} : i32" in text
     assert "sdy.sharding" in text or math.prod(mesh_of(name).axis_sizes) == 1
 
