@@ -37,7 +37,24 @@ os.environ |= EMULATED | STRICT
 
 
 # The files that take longest; begun last, they would keep one worker busy while the others wait.
-LONGEST = ("test_train_processes", "test_resume", "test_tiny_configs", "test_invariance", "test_docs", "test_train")
+LONGEST = (
+    "test_slurm",
+    "test_train_processes",
+    "test_watchdog",
+    "test_kill_loop",
+    "test_spikes",
+    "test_signals",
+    "test_resume",
+    "test_tiny_configs",
+    "test_launch_docs",
+    "test_launch_local",
+    "test_launch_jobset",
+    "test_invariance",
+    "test_docs",
+    "test_train",
+    "test_eval_generate",
+    "test_disk_faults",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
