@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from llm_jax.data.config import BOS_ID
+from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.perplexity import NotFinite, job_progress
 from llm_jax.eval.scorer import Score, Scores
 from llm_jax.eval.windows import Rows, Window, batched, row_of
@@ -83,6 +84,13 @@ def rolling(
     pairs = [Pair((BOS_ID,), ids) for ids in texts]
     answers = log_likelihoods(score, weights, pairs, seq_len=seq_len, batch_rows=batch_rows, stop=stop)
     return None if answers is None else [answer.log_likelihood for answer in answers]
+
+
+def pair_of(tokenizer: Tokenizer, context: str, continuation: str) -> Pair:
+    """The two texts as one document; a token across their border is asked for. Raises UnicodeEncodeError."""
+    ids = tokenizer.encode(context + continuation)
+    n = int(np.searchsorted(np.cumsum(tokenizer.piece_bytes[ids]), len(context.encode()), side="right"))
+    return Pair([tokenizer.bos_id, *ids[:n].tolist()], ids[n:].tolist())
 
 
 def lengths(seq_len: int, context_parts: int = 1) -> tuple[int, ...]:
