@@ -224,8 +224,9 @@ def test_spelled_bytes_are_scored_each(tokenizer):
 
 
 PROGRAM = """
-import json
+import json, os
 import tests.conftest
+os.environ["JAX_NUM_CPU_DEVICES"] = "2"
 from llm_jax.distributed import join_processes
 join_processes(100, 100)
 from tests.test_eval_requests import V, asked, drawn_table, some_pairs, weights_for
