@@ -1,5 +1,6 @@
 """`llm-jax eval` and `llm-jax generate`: their arguments, read before what takes seconds to import."""
 
+import functools
 from collections.abc import Sequence
 
 from llm_jax.command_line import Parser
@@ -20,6 +21,7 @@ def _evaluate(argv: Sequence[str]) -> int:
         "next-token accuracy, beside zlib -9 and lzma on the same bytes. Adds a line to RUN_DIR/eval.jsonl.",
         "  llm-jax eval runs/quickstart\n"
         "  llm-jax eval runs/quickstart --step 500 --json\n"
+        "  llm-jax eval runs/quickstart --lm-eval blimp my_task.yaml --limit 100\n"
         "  llm-jax eval runs/quickstart eval.stride=32 mesh.tensor=4     more context for every token; on a mesh",
     )
     _add_run_directory(parser)
@@ -27,10 +29,24 @@ def _evaluate(argv: Sequence[str]) -> int:
         "--split", choices=("test", "validation"), default="test", help="which held-out text (default: test)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--lm-eval",
+        nargs="+",
+        metavar="TASK",
+        help="run lm-evaluation-harness instead, on tasks of its own by name, and on others by a YAML file's path",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="with --lm-eval: the first N documents of each task")
     arguments = parser.read(argv)
+    if arguments.limit is not None and (arguments.limit < 1 or not arguments.lm_eval):
+        raise ConfigError(f"--limit {arguments.limit}: must be at least 1, and goes with --lm-eval")
     from llm_jax.eval.evaluation import evaluate_checkpoint, until_stopped
 
     where = (arguments.run_dir, arguments.step, arguments.overrides)
+    if arguments.lm_eval:
+        from llm_jax.eval.lm_harness import evaluate_with_lm_eval
+
+        harness = functools.partial(evaluate_with_lm_eval, *where, arguments.lm_eval, limit=arguments.limit)
+        return until_stopped(lambda stop: harness(as_json=arguments.json, stop=stop))
     return until_stopped(
         lambda stop: evaluate_checkpoint(*where, split=arguments.split, as_json=arguments.json, stop=stop)
     )
