@@ -18,15 +18,24 @@ def _evaluate(argv: Sequence[str]) -> int:
     parser = Parser(
         "eval",
         "Scores a checkpoint on held-out text: loss, perplexity, bits per byte (every byte scored once) and\n"
-        "next-token accuracy, beside zlib -9 and lzma on the same bytes. Adds a line to RUN_DIR/eval.jsonl.",
+        "next-token accuracy, beside zlib -9 and lzma on the same bytes; held-out Python against the same with one\n"
+        "wrong edit; and tasks of your own. Adds a line to RUN_DIR/eval.jsonl. docs/evaluation.md tells of it all.",
         "  llm-jax eval runs/quickstart\n"
         "  llm-jax eval runs/quickstart --step 500 --json\n"
+        "  llm-jax eval runs/quickstart --tasks my_tasks/ --tasks other.yaml\n"
         "  llm-jax eval runs/quickstart --lm-eval blimp my_task.yaml --limit 100\n"
         "  llm-jax eval runs/quickstart eval.stride=32 mesh.tensor=4     more context for every token; on a mesh",
     )
     _add_run_directory(parser)
     parser.add_argument(
         "--split", choices=("test", "validation"), default="test", help="which held-out text (default: test)"
+    )
+    parser.add_argument(
+        "--tasks",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a task's YAML file, or a folder of some; may be given several times",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument(
@@ -48,7 +57,9 @@ def _evaluate(argv: Sequence[str]) -> int:
         harness = functools.partial(evaluate_with_lm_eval, *where, arguments.lm_eval, limit=arguments.limit)
         return until_stopped(lambda stop: harness(as_json=arguments.json, stop=stop))
     return until_stopped(
-        lambda stop: evaluate_checkpoint(*where, split=arguments.split, as_json=arguments.json, stop=stop)
+        lambda stop: evaluate_checkpoint(
+            *where, split=arguments.split, as_json=arguments.json, tasks=arguments.tasks, stop=stop
+        )
     )
 
 
