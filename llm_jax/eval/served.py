@@ -76,10 +76,10 @@ def served(model: Model, program: Callable[[Asker], Result]) -> Result | None:
         return answers
 
     def likelihoods(pairs: Sequence[Pair]) -> list[Likelihood]:
-        return ask({"pairs": [[list(pair.context), list(pair.continuation)] for pair in pairs]})
+        return ask({"pairs": [[*map(_plain, pair)] for pair in pairs]})
 
     def texts(prompts: Sequence[Prompt], sampling: Sampling, stops: Sequence[str]) -> list[str]:
-        told = [[list(prompt.ids), prompt.row] for prompt in prompts]
+        told = [[_plain(prompt.ids), prompt.row] for prompt in prompts]
         return ask({"prompts": told, "sampling": dataclasses.asdict(sampling), "stops": list(stops)})
 
     try:
@@ -93,6 +93,11 @@ def served(model: Model, program: Callable[[Asker], Result]) -> Result | None:
         raise
     _tell("null")
     return result
+
+
+def _plain(ids: Sequence[int]) -> list[int]:
+    """As JSON has them, whatever they come from."""
+    return [int(i) for i in ids]
 
 
 def _serve(model: Model) -> None:
