@@ -21,7 +21,8 @@ from llm_jax.data.errors import DataError
 from llm_jax.data.prepare import Prepared, documents, prepare
 from llm_jax.eval import cli as cli_module
 from llm_jax.eval.config import EvalConfig
-from llm_jax.eval.evaluation import ResultError, evaluate_checkpoint, generate_text
+from llm_jax.eval.evaluation import ResultError, evaluate_checkpoint
+from llm_jax.eval.generation import Asked, generate_text
 from llm_jax.eval.restore import adapt, default_mesh, find, restore_weights
 from llm_jax.eval.sampling import Sampling
 from llm_jax.mesh import make_mesh
@@ -336,12 +337,12 @@ def test_a_result_that_cannot_be_written_is_told_after_it_was_printed(copy, caps
 
 
 def test_generate_prints_the_prompt_and_what_follows(made, capsys):
-    generate_text(str(made.run_dir), None, [], ["ab"], SHORT)
+    generate_text(str(made.run_dir), None, [], Asked(["ab"], SHORT))
     first = capsys.readouterr().out
-    generate_text(str(made.run_dir), None, ["mesh.tensor=4"], ["ab"], SHORT)
+    generate_text(str(made.run_dir), None, ["mesh.tensor=4"], Asked(["ab"], SHORT))
     assert first == capsys.readouterr().out
     assert first.startswith("ab") and first.endswith("\n") and len(first) > 3
-    generate_text(str(made.run_dir), 10, [], ["ab", "cd"], SHORT)
+    generate_text(str(made.run_dir), 10, [], Asked(["ab", "cd"], SHORT))
     several = capsys.readouterr().out
     assert several.startswith("[1/2] ab") and "\n[2/2] cd" in several
 

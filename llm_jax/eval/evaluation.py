@@ -181,33 +181,6 @@ def whole_batch(run: Run, mesh: Mesh) -> int:
     return -(-run.eval.batch_rows // row_parts(mesh)) * row_parts(mesh)
 
 
-def generate_text(
-    run_dir: str,
-    step: int | None,
-    overrides: Sequence[str],
-    prompts: Sequence[str],
-    sampling: Sampling,
-    stop: Stop = never,
-) -> None:
-    """Prints each prompt and its continuation as it comes. Raises Refused for a masked language model.
-
-    stop is asked after each token, and must answer alike on all processes. Needs the job's processes joined.
-    """
-    with (
-        opened(run_dir, step, overrides, continues=True) as (found, run, mesh),
-        for_decoding(restore_weights(found, run.model, mesh), run.model) as (weights, cfg),
-    ):
-        decoder = make_decoder(cfg, run.data.seq_len, sampling)
-        for row, prompt in enumerate(prompts):
-            write(f"[{row + 1}/{len(prompts)}] " * (len(prompts) > 1) + prompt)
-            for (text,) in streams(decoder, weights, found.tokenizer, [prompt_of(found.tokenizer, prompt, row)]):
-                write(text)
-                if stop():
-                    write("\n")
-                    return
-            write("\n")
-
-
 @contextmanager
 def opened(run_dir: str, step: int | None, overrides: Sequence[str], *, continues: bool = False) -> Iterator[Opened]:
     """Finds the checkpoint, and sets the mesh for as long as it is open.
