@@ -12,6 +12,7 @@ import pytest
 from llm_jax.data import tokenizer as tokenizers
 from llm_jax.data.config import BOS_ID, TokenizerConfig
 from llm_jax.data.tokenizer import SPACE
+from llm_jax.eval import requests
 from llm_jax.eval.perplexity import NotFinite
 from llm_jax.eval.requests import Likelihood, Pair, lengths, log_likelihoods, pair_of, rolling
 from llm_jax.eval.scorer import Score, Scores, make_score
@@ -97,6 +98,20 @@ def test_neither_batch_nor_order_nor_mesh_matters():
     assert_alike(answers([pairs[n] for n in order], 8), [alone[n] for n in order])
     for sizes, batch_rows in ({"fsdp": 8}, 8), ({"tensor": 2, "data": 2, "context": 2}, 2):
         assert_alike(answers(pairs, batch_rows, **sizes), alone)
+
+
+def test_neighbours_that_are_seen_are_noticed(monkeypatch):
+    weights, pairs = weights_of(SEEING), some_pairs()
+    right = asked(weights, pairs, SEEING, seq_len=SHORT)
+    apart = requests.row_of
+
+    def together(held, length):
+        row = apart(held, length)
+        return row._replace(segments_BT=np.minimum(row.segments_BT, 1))
+
+    monkeypatch.setattr(requests, "row_of", together)
+    leaked = asked(weights, pairs, SEEING, seq_len=SHORT)
+    assert sum(abs(a[0] - b[0]) > 1e-3 for a, b in zip(right, leaked, strict=True)) > 5
 
 
 def test_what_is_asked_is_given_all_the_context_that_fits():
