@@ -49,7 +49,9 @@ def some_pairs(seed=0, n=40):
     """Contexts and continuations of every kind of length: none, one token, and more than two windows."""
     rng = np.random.default_rng(seed)
     sizes = [(0, 0), (0, 1), (0, 300), (5, 0), (400, 1), (400, 300), (127, 1), (128, 1), (1, 127), (1, 128), (1, 129)]
-    sizes += [(int(rng.integers(0, 150)), int(rng.integers(1, 40))) for _ in range(n - len(sizes))]
+    # Every other one is short: several share a row.
+    longest = [(150, 40) if k % 2 else (12, 8) for k in range(n - len(sizes))]
+    sizes += [(int(rng.integers(0, a)), int(rng.integers(1, b))) for a, b in longest]
     ids = [(rng.integers(5, V, a).tolist(), rng.integers(5, V, b).tolist()) for a, b in sizes]
     return [Pair([BOS_ID, *context], continuation) for context, continuation in ids]
 
