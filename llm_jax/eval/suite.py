@@ -1,10 +1,11 @@
 """The default suite: pairs of a held-out piece of Python and the same with one edit that makes it wrong.
 
-The model should find the original likelier. Chance is not one half, since a sum of log-probabilities favours what has
-fewer tokens; so pairs of equally many are preferred, and every kind is told beside what an untrained model scores and
-what "fewer tokens wins" does.
+The model should find the original likelier. A sum of log-probabilities favours what has fewer tokens, so pairs of
+equally many are taken first, and of others as many in which the right text is the longer one as not. Each kind still
+stands beside what an untrained model scores, and what "fewer tokens wins" does.
 """
 
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.bootstrap import mean
 from llm_jax.eval.requests import Pair
-from llm_jax.eval.suite_edits import KINDS, Edit, Kind, Source, breaks, edited, read_source
+from llm_jax.eval.suite_edits import KINDS, Edit, Kind, Source, Unit, breaks, edited, read_source
 from llm_jax.eval.task_scores import Likelihoods, pair_scores
 
 # Pairs of a kind, and the fewest that are worth a figure.
@@ -23,10 +24,8 @@ FEWEST = 20
 # Tokens of the lines shown before the edited one, at most and at least.
 CONTEXT = 80
 SHORTEST_CONTEXT = 16
-# A kind that "fewer tokens wins" solves to this share says nothing about a model.
-SOLVED_BY_LENGTH = 0.7
 # Candidates looked at for each pair wanted.
-TRIES = 30
+TRIES = 20
 
 
 # What is told where there is no suite.
@@ -43,7 +42,7 @@ class Corruption(NamedTuple):
 
 
 class Suite(NamedTuple):
-    """Pairs by kind; and the kinds that have too few of them or are solved by length, each with why."""
+    """Pairs by kind; and the kinds that have too few of them, each with why."""
 
     pairs: Mapping[str, Sequence[Corruption]]
     left_out: Mapping[str, str]
@@ -55,6 +54,15 @@ class Tokens(NamedTuple):
     name: str
     source: Source
     ids: Sequence[np.ndarray]
+
+
+class Candidate(NamedTuple):
+    """An edit, not proved yet, and the pair that it makes."""
+
+    text: Tokens
+    unit: Unit
+    edit: Edit
+    pair: Corruption
 
 
 def make_suite(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, seq_len: int, seed: int) -> Suite | None:
@@ -76,9 +84,7 @@ def make_suite(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, seq_l
     for name, kind in KINDS.items():
         found = _pairs_of(kind, texts, tokenizer, seq_len, random.Random(f"{seed} {name}"))
         if len(found) < FEWEST:
-            left_out[name] = f"only {len(found)} pairs"
-        elif fewer_tokens_wins(found) > SOLVED_BY_LENGTH:
-            left_out[name] = f"{fewer_tokens_wins(found):.0%} have fewer tokens where they are right"
+            left_out[name] = f"only {len(found)} pairs in which length alone tells nothing"
         else:
             pairs[name] = found
     return Suite(pairs, left_out)
@@ -87,25 +93,37 @@ def make_suite(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, seq_l
 def _pairs_of(
     kind: Kind, texts: Sequence[Tokens], tokenizer: Tokenizer, seq_len: int, draw: random.Random
 ) -> list[Corruption]:
-    """At most PAIRS, of lines that differ from each other; pairs with equally many tokens first."""
+    """At most PAIRS, of lines that differ from each other; in as many as not, the good text is the longer one."""
     places = [(text, unit) for text in texts for unit in text.source.units]
     candidates = [(text, unit, edit) for text, unit in places for edit in kind.candidates(text.source, unit)]
     draw.shuffle(candidates)
-    equal: list[Corruption] = []
-    unequal: list[Corruption] = []
+    found: list[Corruption] = []
+    unequal: dict[bool, list[Candidate]] = {False: [], True: []}
     lines = set[tuple[str, int]]()
-    for text, unit, edit in candidates[: TRIES * PAIRS]:
-        if (text.name, edit.line) in lines:
-            continue
-        pair = _corruption(text, edit, tokenizer, seq_len)
-        fits = equal if pair is not None and len(pair.good) == len(pair.bad) else unequal
-        if pair is None or len(fits) == PAIRS or (kind.unparsable and not breaks(text.source, unit, edit)):
-            continue
+
+    def holds(candidate: Candidate) -> bool:
+        """Whether it is of a line of its own, and proved."""
+        text, unit, edit, _ = candidate
+        if (text.name, edit.line) in lines or (kind.unparsable and not breaks(text.source, unit, edit)):
+            return False
         lines.add((text.name, edit.line))
-        fits.append(pair)
-        if len(equal) == PAIRS:
-            break
-    return (equal + unequal)[:PAIRS]
+        return True
+
+    for text, unit, edit in candidates[: TRIES * PAIRS]:
+        pair = _corruption(text, edit, tokenizer, seq_len)
+        if pair is None:
+            continue
+        candidate = Candidate(text, unit, edit, pair)
+        if len(pair.good) != len(pair.bad):
+            unequal[len(pair.good) < len(pair.bad)].append(candidate)
+        elif holds(candidate):
+            found.append(pair)
+        if len(found) == PAIRS:
+            return found
+    both = zip(filter(holds, unequal[False]), filter(holds, unequal[True]), strict=False)
+    for longer, shorter in itertools.islice(both, (PAIRS - len(found)) // 2):
+        found += [longer.pair, shorter.pair]
+    return found
 
 
 def _corruption(text: Tokens, edit: Edit, tokenizer: Tokenizer, seq_len: int) -> Corruption | None:

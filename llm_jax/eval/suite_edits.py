@@ -142,11 +142,11 @@ def wrong_bracket(source: Source, unit: Unit) -> Iterator[Edit]:
 
 
 def far_bracket(source: Source, unit: Unit) -> Iterator[Edit]:
-    """A bracket that was opened two lines above or more is closed by one of another kind."""
+    """A bracket that was opened two lines above or more is closed by one of another kind, or not at all."""
     for n, line in _body(source, unit):
         at = next((at for at, char in enumerate(line) if char in CLOSER or char in OPENER), None)
         if at is not None and line[at] in OPENER and _opened_far(source.lines, n, line[at]):
-            yield from (Edit(n, at, at + 1, other) for other in OPENER if other != line[at])
+            yield from (Edit(n, at, at + 1, other) for other in (*OPENER, "") if other != line[at])
 
 
 def wrong_quote(source: Source, unit: Unit) -> Iterator[Edit]:

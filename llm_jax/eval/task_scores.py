@@ -10,7 +10,7 @@ import numpy as np
 
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.bootstrap import Estimate, estimate, mean, ratio
-from llm_jax.eval.requests import Likelihood, Pair
+from llm_jax.eval.requests import Likelihood, Pair, pair_of
 from llm_jax.eval.task_files import (
     BitsPerByte,
     Calibration,
@@ -135,12 +135,6 @@ def _whole(model: Model, text: str) -> Pair:
     return Pair((model.tokenizer.bos_id,), model.tokenizer.encode(text).tolist())
 
 
-def _after(model: Model, context: str, continuation: str) -> Pair:
-    """Both sides are tokenised by themselves, so that exactly the continuation's bytes are scored."""
-    before, after = (model.tokenizer.encode(text).tolist() for text in (context, continuation))
-    return Pair((model.tokenizer.bos_id, *before), after)
-
-
 def _bits_per_byte(records: Sequence[TextRecord], model: Model) -> Figures | None:
     """Texts in windows, each a request that asks for what the ones before it have not."""
     texts = [[model.tokenizer.bos_id, *ids.tolist()] for ids in model.tokenizer.encode_many([r.text for r in records])]
@@ -167,7 +161,7 @@ def _choosing(
         for example in examples
     )
     asked = [
-        _after(model, shown + _prompt(task, record), task.delimiter + choice)
+        pair_of(model.tokenizer, shown + _prompt(task, record), task.delimiter + choice)
         for record in records
         for choice in record.choices
     ]
@@ -226,7 +220,7 @@ def _cloze(records: Sequence[ClozeRecord], model: Model) -> Figures | None:
         text = record.text.rstrip()
         last = LAST_WORD.search(text)
         assert last is not None
-        asked.append(_after(model, text[: last.start()], last[0]))
+        asked.append(pair_of(model.tokenizer, text[: last.start()], last[0]))
     told = model.likelihoods(asked)
     if told is None:
         return None
