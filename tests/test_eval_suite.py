@@ -21,6 +21,7 @@ from llm_jax.eval.requests import Likelihood
 from llm_jax.eval.suite import Corruption, Suite, fewer_tokens_wins, make_suite, score_suite
 from llm_jax.eval.suite_edits import (
     KINDS,
+    Candidates,
     edited,
     far_bracket,
     out_of_scope_name,
@@ -172,7 +173,7 @@ def third(omega):
 """
 
 
-def edits_of(candidates, text: str, function: str) -> set[tuple[str, str]]:
+def edits_of(candidates: Candidates, text: str, function: str) -> set[tuple[str, str]]:
     source = read_source(text)
     assert source is not None
     (unit,) = [unit for unit in source.units if unit.node.name == function]

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -165,7 +166,8 @@ def test_real_scores_tie_exactly_and_what_is_not_a_number_is_an_error(write):
 
         def told(value: float) -> dict | None:
             params = jax.tree.map(lambda x: np.full_like(x, value), weights_of(cfg))
-            likelihoods = likelihoods_of(score, (put_weights(params, cfg, mesh_of()), {}), 64, 2, never)
+            weights: Any = (put_weights(params, cfg, mesh_of()), {})
+            likelihoods = likelihoods_of(score, weights, 64, 2, never)
             return score_tasks(read, model(likelihoods))
 
         figures = told(0.0)

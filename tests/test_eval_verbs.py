@@ -145,6 +145,60 @@ def test_the_table_and_a_sample_are_for_people_and_a_line_is_for_the_report(copy
     assert [json.loads(line)["step"] for line in (copy / "eval.jsonl").read_text().splitlines()] == [10, 20]
 
 
+TASKS: dict[str, tuple[str, list[dict[str, object]]]] = {
+    "bytes": ("kind: bits_per_byte", [{"text": "abc def " * 9}, {"text": "x"}]),
+    "choice": ("kind: multiple_choice", [{"question": "abc", "choices": ["de", "fg"], "answer": 1}]),
+    "last": ("kind: cloze", [{"text": "abc def abc"}]),
+    "pairs": ("kind: minimal_pairs", [{"sentence_good": "abc", "sentence_bad": "bac"}] * 3),
+    "said": ("kind: generation\nmax_tokens: 4", [{"prompt": "abc", "answer": "no"}, {"prompt": "a", "answer": "no"}]),
+    "sure": ("kind: calibration", [{"question": "abc", "choices": ["de", "fg"], "answer": 0}]),
+}
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A folder with a task of every kind that a causal model can do."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name, (text, records) in TASKS.items():
+        (folder / f"{name}.yaml").write_text(f"data: {name}.jsonl\n{text}\n")
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_tasks_of_one_s_own_are_in_the_table_in_the_json_and_in_the_record(copy, tasks, capsys):
+    where = (str(copy), None, ())
+    result = evaluate_checkpoint(*where, split="test", as_json=False, tasks=[str(tasks)])
+    assert result is not None and list(result["tasks"]) == list(TASKS)
+    out = capsys.readouterr().out
+    assert "no default suite: it is made of held-out Python" in out and result["suite"]["kinds"] == {}
+    for name, told in result["tasks"].items():
+        assert name in out and told["n"] == len(TASKS[name][1])
+        assert all(figure["low"] <= figure["value"] <= figure["high"] for figure in told["metrics"].values())
+    (record,) = map(json.loads, (copy / "eval.jsonl").read_text().splitlines())
+    assert record["tasks"] == result["tasks"]
+    assert result["tasks"]["said"]["metrics"]["exact_match"]["value"] == 0
+    # Another mesh, in order of another folder: the same figures.
+    again = evaluate_checkpoint(
+        str(copy), None, ["mesh.tensor=4"], split="test", as_json=True, tasks=[str(tasks / f"{n}.yaml") for n in TASKS]
+    )
+    assert again is not None
+    for name, told in result["tasks"].items():
+        for metric, figure in told["metrics"].items():
+            assert again["tasks"][name]["metrics"][metric]["value"] == pytest.approx(figure["value"], rel=1e-4), metric
+
+
+def test_a_task_s_mistake_is_told_before_anything_is_scored(copy, tasks):
+    (tasks / "pairs.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"pairs\.jsonl, line 1: sentence_good: missing; must be text"):
+        evaluate_checkpoint("nowhere", None, (), split="test", as_json=True, tasks=[str(tasks)])
+    (tasks / "last.yaml").write_text("kind: crows_pairs\ndata: stereo.jsonl")
+    (tasks / "stereo.jsonl").write_text('{"sent_more": "a", "sent_less": "b"}')
+    with pytest.raises(Refused, match=r"^last: crows_pairs is the paper's metric, which needs a masked"):
+        evaluate_checkpoint(str(copy), None, (), split="test", as_json=True, tasks=[str(tasks / "last.yaml")])
+    assert not (copy / "eval.jsonl").exists()
+
+
 def test_neither_mesh_nor_batch_matters_to_a_figure(made, capsys):
     expected = evaluate(made.run_dir, "mesh.data=1", "eval.batch_rows=3")
     assert "the mesh takes 1 of 8 devices" in capsys.readouterr().err
