@@ -80,7 +80,7 @@ def ours() -> tuple[Turn, Turn, dict[str, Any]]:
 def made(decoder: Decoder, weights: Weights) -> None:
     """Makes every token that was asked for; asserts that no text ended before."""
     pieces = zip(*decoding(decoder, weights, prompts()), strict=True)
-    lengths = {sum(map(len, text)) for text in pieces}
+    lengths = {sum(len(piece.ids) for piece in text) for text in pieces}
     assert lengths == {decoder.sampling.max_tokens}, "a text ended early: choose another seed"
 
 

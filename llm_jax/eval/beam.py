@@ -192,11 +192,11 @@ def _advanced(beams: Beams, logits_RV: Array, n: Array, searching: Searching) ->
     nats_BJ, at_BJ = jax.lax.top_k((beams.nats_BW[..., None] + more_RJ.reshape(B, W, J)).reshape(B, W * J), J)
     token_BJ = jnp.take_along_axis(token_RJ.reshape(B, W * J), at_BJ, axis=1)
     ids_BJN = jnp.take_along_axis(beams.ids_BWN, (at_BJ // J)[..., None], axis=1)
-    ids_BJN = jnp.where(jnp.arange(N) == n, token_BJ[..., None], ids_BJN)
+    ids_BJN = jnp.where((jnp.arange(N) == n)[None, None], token_BJ[..., None], ids_BJN)
     ends_BJ = (token_BJ == EOS_ID) | (token_BJ == BOS_ID)
     nats_BW, live_BW = jax.lax.top_k(jnp.where(ends_BJ, -jnp.inf, nats_BJ), W)
     # An end counts among the W likeliest alone: so one beam without a penalty is greedy decoding.
-    ends_BJ &= jnp.arange(J) < W
+    ends_BJ &= (jnp.arange(J) < W)[None]
     score_BJ = jnp.where(ends_BJ, nats_BJ / penalty(n + 1, searching), -jnp.inf)
     score_BW, ended_BW = jax.lax.top_k(jnp.concatenate([beams.ended_score_BW, score_BJ], axis=1), W)
     ended_nats_BW = jnp.take_along_axis(jnp.concatenate([beams.ended_nats_BW, nats_BJ], axis=1), ended_BW, axis=1)
