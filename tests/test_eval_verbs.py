@@ -16,15 +16,18 @@ import pytest
 
 from llm_jax.checkpoint import CheckpointError, Checkpoints
 from llm_jax.config import ConfigError, tree
-from llm_jax.data.config import DataConfig, FilesSource
+from llm_jax.data.config import BOS_ID, EOS_ID, DataConfig, FilesSource
 from llm_jax.data.errors import DataError
 from llm_jax.data.prepare import Prepared, documents, prepare
 from llm_jax.eval import cli as cli_module
+from llm_jax.eval.beam import Searching
 from llm_jax.eval.config import EvalConfig
 from llm_jax.eval.evaluation import ResultError, evaluate_checkpoint
 from llm_jax.eval.generation import Asked, generate_text
+from llm_jax.eval.requests import Pair, log_likelihoods
 from llm_jax.eval.restore import adapt, default_mesh, find, restore_weights
 from llm_jax.eval.sampling import Sampling
+from llm_jax.eval.scorer import make_score
 from llm_jax.mesh import make_mesh
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.paths import to_tree
@@ -401,9 +404,105 @@ def test_generate_prints_the_prompt_and_what_follows(made, capsys):
     assert several.startswith("[1/2] ab") and "\n[2/2] cd" in several
 
 
+def texts_of(made: Made, capsys: pytest.CaptureFixture[str], asked: Asked, *overrides: str) -> list[dict]:
+    generate_text(str(made.run_dir), None, overrides, asked._replace(as_json=True))
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_json_has_a_line_for_each_text_whatever_shares_a_batch(made, capsys):
+    """Ids say the text, and the likelihood is the scorer's; a prompt longer than a row is told."""
+    long = "abc def " * 40
+    asked = Asked(["ab", "", long], dataclasses.replace(SHORT, max_tokens=9), samples=2)
+    told = texts_of(made, capsys, asked, "mesh.tensor=4", "eval.batch_rows=4")
+    assert [text["prompt"] for text in told] == ["ab", "ab", "", "", long, long]
+    assert told[0]["text"] != told[1]["text"]
+    tokenizer = made.prepared.tokenizer
+    for text in told:
+        assert tuple(text) == ("prompt", "text", "ids", "log_likelihood", "ended")
+        assert tokenizer.decode(text["ids"]) == text["text"] and text["ended"] in ("length", "document")
+        assert -9 * 10 < text["log_likelihood"] < -9
+    alone = texts_of(made, capsys, asked, "mesh.data=1", "eval.batch_rows=1")
+    for text, other in zip(told, alone, strict=True):
+        assert text.pop("log_likelihood") == pytest.approx(other.pop("log_likelihood"), abs=1e-3)
+    assert told == alone
+    generate_text(str(made.run_dir), None, ["mesh.data=1"], Asked([long], SHORT))
+    assert capsys.readouterr().err.splitlines()[-1].endswith("tokens; the model sees the last 32")
+
+
+def test_the_likelihood_of_a_text_is_the_scorers(made, capsys):
+    (text,) = texts_of(made, capsys, Asked(["ab"], SHORT), "mesh.data=1")
+    found = find(made.run_dir)
+    run, sizes = adapt(found.run, ["mesh.data=1"], 8, "cpu")
+    mesh = make_mesh(sizes)
+    with jax.set_mesh(mesh):
+        score, weights = make_score(run.model), restore_weights(found, run.model, mesh)
+        context = [BOS_ID, *found.tokenizer.encode("ab").tolist()]
+        end = [EOS_ID] if text["ended"] == "document" else []
+        (scored,) = log_likelihoods(score, weights, [Pair(context, text["ids"] + end)], seq_len=32, batch_rows=1)
+    assert scored.log_likelihood == pytest.approx(text["log_likelihood"], abs=1e-3)
+
+
+def test_a_stop_string_ends_a_text_and_its_ids(made, capsys):
+    sampling = dataclasses.replace(SHORT, max_tokens=20)
+    (whole,) = texts_of(made, capsys, Asked(["ab"], sampling), "mesh.data=1")
+    stop = whole["text"][3:5]
+    (cut,) = texts_of(made, capsys, Asked(["ab"], sampling, stops=[stop]), "mesh.data=1")
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)] and cut["ended"] == "stop"
+    assert cut["ids"] == whole["ids"][: len(cut["ids"])] and len(cut["ids"]) < len(whole["ids"])
+    assert cut["log_likelihood"] > whole["log_likelihood"]
+    generate_text(str(made.run_dir), None, ["mesh.data=1"], Asked(["ab"], sampling, stops=[stop]))
+    assert capsys.readouterr().out == "ab" + cut["text"] + "\n"
+
+
+def test_beams_give_the_best_texts_and_their_scores(made, capsys):
+    told = texts_of(made, capsys, Asked(["ab", "c"], Searching(3, 0.6, 4), samples=2), "mesh.data=1")
+    assert [text["prompt"] for text in told] == ["ab", "ab", "c", "c"]
+    assert told[0]["score"] >= told[1]["score"] and told[0]["score"] > told[0]["log_likelihood"]
+
+
+def test_generation_stops_between_chunks(made, capsys):
+    for asked in (Asked(["ab"], SHORT), Asked(["ab", "c"], SHORT), Asked(["ab"], Searching(2, 0.6, 40))):
+        generate_text(str(made.run_dir), None, ["mesh.data=1"], asked, stop=lambda: True)
+        assert len(capsys.readouterr().out) < 30
+
+
+def test_prompts_are_read_from_files(tmp_path):
+    lines, records = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    lines.write_bytes("def main(\n\n  caf\u00e9\r\n".encode())
+    assert cli_module.read_prompts(str(lines)) == ["def main(", "  caf\u00e9"]
+    records.write_text('{"prompt": "a\\nb", "id": 3}\n\n{"prompt": ""}\n')
+    assert cli_module.read_prompts(str(records)) == ["a\nb", ""]
+    for content, line in [
+        ("\n", "there is no prompt in it"),
+        ('{"prompt": 3}', r'line 1: has no "prompt" that is text'),
+        ('{"prompt": "a"}\n[]', r'line 2: has no "prompt" that is text'),
+        ("text", "line 1: is not JSON"),
+    ]:
+        records.write_text(content)
+        with pytest.raises(ConfigError, match=line):
+            cli_module.read_prompts(str(records))
+    lines.write_bytes(b"ab\xff")
+    with pytest.raises(ConfigError, match=r"prompts\.txt: is not UTF-8 at byte 2$"):
+        cli_module.read_prompts(str(lines))
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        (("generate", "--prompts", "nowhere.txt"), "--prompts nowhere.txt: No such file or directory"),
+        (("generate", "--prompts", "x", "--prompt", "y"), "--prompt and --prompts: give one of the two"),
+        (("generate", "--top-k", "0"), "--top-k 0: must be at least 1"),
+        (("generate", "--top-p", "0"), "--top-p 0: must be above 0, up to 1"),
+        (("generate", "--min-p", "1.5"), "--min-p 1.5: must be above 0, up to 1"),
+        (("generate", "--repetition-penalty", "nan"), "--repetition-penalty nan: must be above 0, up to 100"),
+        (("generate", "--length-penalty", "-1"), "--length-penalty -1: must be from 0 to 10"),
+        (("generate", "--stop", ""), "--stop '': must not be empty"),
+        (("generate", "--stop", "\\x"), r"--stop '\\x': is no escape that Python knows; a backslash is \\"),
+        (("generate", "--beams", "2", "--samples", "3"), "--samples 3: --beams 2 finds no more than that many"),
+        (
+            ("generate", "--beams", "2", "--top-p", "0.5", "--seed", "1"),
+            "--top-p, --seed: nothing to do with --beams, which compares whole likely texts",
+        ),
         (("generate", "--max-tokens", "0"), "--max-tokens 0: must be at least 1"),
         (("generate", "--temperature", "-1"), "--temperature -1: must be from 0 to 100"),
         (("generate", "--temperature", "nan"), "--temperature nan: must be from 0 to 100"),
@@ -421,8 +520,10 @@ def test_mistakes_in_arguments_in_one_line(arguments, line):
 
 
 def test_the_command_line(made, cli: Cli):
-    done = cli("generate", str(made.run_dir), "--prompt", "ab", "--max-tokens", "3", "--temperature", "0")
-    assert done.returncode == 0 and done.stdout.startswith("ab"), done.stderr
+    options = ("--prompt", "ab", "--max-tokens", "3", "--top-k", "5", "--stop", r"\n", "--samples", "2", "--json")
+    done = cli("generate", str(made.run_dir), *options)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == ["ab", "ab"]
     done = cli("eval", str(made.run_dir), "--step", "15")
     assert done.returncode == 3 and done.stderr == f"{made.run_dir} has no checkpoint 15; there are 10, 20\n"
 
