@@ -101,8 +101,8 @@ def test(args: list[str]) -> int:
     """Runs pytest; with --all the slow tests too, and then the ordinary ones on another Python, where there is one."""
     everything = "--all" in args
     rest = [arg for arg in args if arg != "--all"]
-    # The slow tests compile for TPUs too.
-    python = environment(".venv", HERE, ["test", "tpu"] if everything else ["test"])
+    # The slow tests compile for TPUs too, and run lm-evaluation-harness.
+    python = environment(".venv", HERE, ["test", "tpu", "eval"] if everything else ["test"])
     suite = [*PYTEST, str(min(cores(), 8))]
     ordinary = [*suite, "-m", "not slow", *rest]
     if not everything:

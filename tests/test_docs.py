@@ -1,14 +1,17 @@
 """What the documents say to type is typed here, as it stands."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from llm_jax.eval.task_files import TaskFile, read_tasks
 from tests.conftest import ROOT, Cli
 
 QUICK = ("train.steps=12", "optim.warmup_steps=2", "checkpoint.every=6", "eval.every=6", "eval.rows=32")
@@ -34,13 +37,17 @@ def test_links_and_files_that_the_readme_names_exist() -> None:
 
 @pytest.mark.slow
 def test_the_readme_s_commands_run_as_they_stand(tmp_path: Path) -> None:
-    """All but the first two, in their order, in one shell, in a copy of the project with this environment."""
+    """All but the first two, in their order, in one shell, in a copy of the project with this environment.
+
+    Then those of docs/evaluation.md, which go on with what the README's have trained.
+    """
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    script = "set -eux\n" + "\n".join(commands((ROOT / "README.md").read_text())[2:])
+    pages = [commands((ROOT / name).read_text()) for name in ("README.md", "docs/evaluation.md")]
+    script = "set -eux\n" + "\n".join([*pages[0][2:], *pages[1]])
     env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_NUM", "PYTHON"))}
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -48,6 +55,21 @@ def test_the_readme_s_commands_run_as_they_stand(tmp_path: Path) -> None:
     for run in ("tiny_causal", "own", "stopped", "mesh", "two", "rehearsal"):
         assert (tmp_path / "runs" / run / "metrics.jsonl").exists(), run
     assert (tmp_path / "runs" / "tiny_causal" / "report.html").exists()
+    scored = [json.loads(line) for line in (tmp_path / "runs/tiny_causal/eval.jsonl").read_text().splitlines()]
+    assert [list(row["tasks"]) for row in scored[-2:]] == [["agreement"], ["arithmetic", "imports"]]
+    assert scored[-1]["suite"]["all"]["n"] > 400
+
+
+def test_the_tasks_that_the_page_on_evaluation_writes_down_are_tasks(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    script = "".join(line for block in commands(page) for line in block.splitlines(True))
+    written = re.sub(r"^llm-jax .*\n", "", script, flags=re.MULTILINE)
+    subprocess.run(["bash", "-euc", written], cwd=tmp_path, check=True)
+    kinds = {read.task.kind for read in read_tasks([str(tmp_path / "my_tasks")])}
+    assert kinds == {"minimal_pairs", "multiple_choice", "calibration", "cloze", "generation"}
+    for kind in get_args(TaskFile.model_fields["task"].annotation):
+        name = get_args(kind.model_fields["kind"].annotation)[0]
+        assert f"`{name}`" in page, name
 
 
 @pytest.mark.slow
@@ -60,6 +82,7 @@ def test_quickstart_s_programs_in_a_row(cli: Cli, tmp_path: Path) -> None:
     scored = cli("eval", str(run_dir))
     assert scored.returncode == 0, scored.stderr
     assert "bits per byte" in scored.stdout and "of zlib -9" in scored.stdout and "a sample, after" in scored.stdout
+    assert "name out of scope" in scored.stdout and "fewer tokens" in scored.stdout
     reported = cli("report", str(run_dir))
     assert reported.returncode == 0, reported.stderr
     assert reported.stdout.strip().endswith("report.html")

@@ -1,7 +1,6 @@
 """Text: the likeliest or drawn tokens, the same for a seed whatever shares the batch or the mesh, whole characters."""
 
 import functools
-import itertools
 import random
 
 import jax
@@ -50,7 +49,7 @@ def ids_of(prompts, sampling, **sizes) -> list[list[int]]:
     weights, decoder, mesh = decoder_on(sampling, tuple(sizes.items()))
     with jax.set_mesh(mesh):
         parts = list(decoding(decoder, weights, prompts))
-    return [list(itertools.chain(*pieces)) for pieces in zip(*parts, strict=True)]
+    return [[i for piece in pieces for i in piece.ids] for pieces in zip(*parts, strict=True)]
 
 
 def three_prompts() -> list[Prompt]:
@@ -230,8 +229,11 @@ def test_stop_strings_end_a_text_however_tokens_cut_them(tokenizer) -> None:
 
 
 def test_text_ends_where_its_document_does(tokenizer) -> None:
-    assert generate._until_end([9, 10, EOS_ID, 11]) == [9, 10]
-    assert generate._until_end([9, BOS_ID, 11]) == [9]
+    nats = [-1.0, -2.0, -3.0, 0.0]
+    assert generate._piece([9, 10, EOS_ID, 11], nats, done=True, over=False) == ([9, 10], nats[:3], True)
+    assert generate._piece([BOS_ID, 11, 12, 13], nats, done=True, over=False) == ([], nats[:1], True)
+    assert generate._piece([9, 10, 11, 12], nats, done=False, over=False) == ([9, 10, 11, 12], nats, False)
+    assert generate._piece([EOS_ID] * 4, nats, done=True, over=True) == ([], [], True)
     assert prompt_of(tokenizer, "import", 4) == Prompt([BOS_ID, *tokenizer.encode("import").tolist()], 4)
 
 

@@ -13,9 +13,9 @@ from llm_jax.data.config import SPECIAL_PIECES
 from llm_jax.data.loader import open_rows
 from llm_jax.data.prepare import prepare
 from llm_jax.eval.dropless import dropless
-from llm_jax.eval.evaluation import generate_text
 from llm_jax.eval.figures import Sums
 from llm_jax.eval.fill import filled, in_brackets
+from llm_jax.eval.generation import Asked, generate_text
 from llm_jax.eval.perplexity import NotFinite, score_rows
 from llm_jax.eval.restore import adapt
 from llm_jax.model.config import LayerConfig, ModelConfig, MoeConfig
@@ -100,7 +100,7 @@ def test_generate_is_refused_in_one_line(made: Made, capsys: pytest.CaptureFixtu
     with pytest.raises(
         Refused, match=r"^\S+ is a masked language model, which continues no text; llm-jax eval"
     ) as caught:
-        generate_text(str(made.run_dir), None, [], ["ab"], SHORT)
+        generate_text(str(made.run_dir), None, [], Asked(["ab"], SHORT))
     assert caught.value.exit_code == 3 and capsys.readouterr() == ("", "")
 
 

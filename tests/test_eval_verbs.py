@@ -16,14 +16,18 @@ import pytest
 
 from llm_jax.checkpoint import CheckpointError, Checkpoints
 from llm_jax.config import ConfigError, tree
-from llm_jax.data.config import DataConfig, FilesSource
+from llm_jax.data.config import BOS_ID, EOS_ID, DataConfig, FilesSource
 from llm_jax.data.errors import DataError
 from llm_jax.data.prepare import Prepared, documents, prepare
 from llm_jax.eval import cli as cli_module
+from llm_jax.eval.beam import Searching
 from llm_jax.eval.config import EvalConfig
-from llm_jax.eval.evaluation import ResultError, evaluate_checkpoint, generate_text
+from llm_jax.eval.evaluation import ResultError, evaluate_checkpoint
+from llm_jax.eval.generation import Asked, generate_text
+from llm_jax.eval.requests import Pair, log_likelihoods
 from llm_jax.eval.restore import adapt, default_mesh, find, restore_weights
 from llm_jax.eval.sampling import Sampling
+from llm_jax.eval.scorer import make_score
 from llm_jax.mesh import make_mesh
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.paths import to_tree
@@ -38,6 +42,7 @@ from tests.small import mesh_of
 
 MODEL = ModelConfig(d_model=16, d_ff=32, n_layers=2, n_heads=8, n_kv_heads=4, d_head=4, vocab_size=320)
 NAMES = ("step", "loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes")
+REST = ("split", "stride", "suite", "tasks", "seen_long_lines")
 SHORT = Sampling(max_tokens=5, temperature=1.0, seed=0)
 
 
@@ -117,7 +122,7 @@ def test_json_is_one_object_with_every_byte_of_the_held_out_text(made, split, ca
     out, err = capsys.readouterr()
     told = json.loads(out)
     raw = raw_text(made, split)
-    assert tuple(told) == (*NAMES, "zlib_bits_per_byte", "lzma_bits_per_byte", "split", "stride", "seen_long_lines")
+    assert tuple(told) == (*NAMES, "zlib_bits_per_byte", "lzma_bits_per_byte", *REST)
     assert told["step"] == 20 and told["split"] == split and told["stride"] == 16
     assert told["bytes"] == len(raw) == made.prepared.text_info["splits"][split]["bytes"] > 1000
     assert told["zlib_bits_per_byte"] == 8 * len(zlib.compress(raw, 9)) / len(raw)
@@ -141,6 +146,60 @@ def test_the_table_and_a_sample_are_for_people_and_a_line_is_for_the_report(copy
     assert record["sample"]["prompt"] + record["sample"]["text"] in out
     evaluate(copy, as_json=False)
     assert [json.loads(line)["step"] for line in (copy / "eval.jsonl").read_text().splitlines()] == [10, 20]
+
+
+TASKS: dict[str, tuple[str, list[dict[str, object]]]] = {
+    "bytes": ("kind: bits_per_byte", [{"text": "abc def " * 9}, {"text": "x"}]),
+    "choice": ("kind: multiple_choice", [{"question": "abc", "choices": ["de", "fg"], "answer": 1}]),
+    "last": ("kind: cloze", [{"text": "abc def abc"}]),
+    "pairs": ("kind: minimal_pairs", [{"sentence_good": "abc", "sentence_bad": "bac"}] * 3),
+    "said": ("kind: generation\nmax_tokens: 4", [{"prompt": "abc", "answer": "no"}, {"prompt": "a", "answer": "no"}]),
+    "sure": ("kind: calibration", [{"question": "abc", "choices": ["de", "fg"], "answer": 0}]),
+}
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A folder with a task of every kind that a causal model can do."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name, (text, records) in TASKS.items():
+        (folder / f"{name}.yaml").write_text(f"data: {name}.jsonl\n{text}\n")
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_tasks_of_one_s_own_are_in_the_table_in_the_json_and_in_the_record(copy, tasks, capsys):
+    where = (str(copy), None, ())
+    result = evaluate_checkpoint(*where, split="test", as_json=False, tasks=[str(tasks)])
+    assert result is not None and list(result["tasks"]) == list(TASKS)
+    out = capsys.readouterr().out
+    assert "no default suite: it is made of held-out Python" in out and result["suite"]["kinds"] == {}
+    for name, told in result["tasks"].items():
+        assert name in out and told["n"] == len(TASKS[name][1])
+        assert all(figure["low"] <= figure["value"] <= figure["high"] for figure in told["metrics"].values())
+    (record,) = map(json.loads, (copy / "eval.jsonl").read_text().splitlines())
+    assert record["tasks"] == result["tasks"]
+    assert result["tasks"]["said"]["metrics"]["exact_match"]["value"] == 0
+    # Another mesh, in order of another folder: the same figures.
+    again = evaluate_checkpoint(
+        str(copy), None, ["mesh.tensor=4"], split="test", as_json=True, tasks=[str(tasks / f"{n}.yaml") for n in TASKS]
+    )
+    assert again is not None
+    for name, told in result["tasks"].items():
+        for metric, figure in told["metrics"].items():
+            assert again["tasks"][name]["metrics"][metric]["value"] == pytest.approx(figure["value"], rel=1e-4), metric
+
+
+def test_a_task_s_mistake_is_told_before_anything_is_scored(copy, tasks):
+    (tasks / "pairs.jsonl").write_text("{}")
+    with pytest.raises(ConfigError, match=r"pairs\.jsonl, line 1: sentence_good: missing; must be text"):
+        evaluate_checkpoint("nowhere", None, (), split="test", as_json=True, tasks=[str(tasks)])
+    (tasks / "last.yaml").write_text("kind: crows_pairs\ndata: stereo.jsonl")
+    (tasks / "stereo.jsonl").write_text('{"sent_more": "a", "sent_less": "b"}')
+    with pytest.raises(Refused, match=r"^last: crows_pairs is the paper's metric, which needs a masked"):
+        evaluate_checkpoint(str(copy), None, (), split="test", as_json=True, tasks=[str(tasks / "last.yaml")])
+    assert not (copy / "eval.jsonl").exists()
 
 
 def test_neither_mesh_nor_batch_matters_to_a_figure(made, capsys):
@@ -335,19 +394,115 @@ def test_a_result_that_cannot_be_written_is_told_after_it_was_printed(copy, caps
 
 
 def test_generate_prints_the_prompt_and_what_follows(made, capsys):
-    generate_text(str(made.run_dir), None, [], ["ab"], SHORT)
+    generate_text(str(made.run_dir), None, [], Asked(["ab"], SHORT))
     first = capsys.readouterr().out
-    generate_text(str(made.run_dir), None, ["mesh.tensor=4"], ["ab"], SHORT)
+    generate_text(str(made.run_dir), None, ["mesh.tensor=4"], Asked(["ab"], SHORT))
     assert first == capsys.readouterr().out
     assert first.startswith("ab") and first.endswith("\n") and len(first) > 3
-    generate_text(str(made.run_dir), 10, [], ["ab", "cd"], SHORT)
+    generate_text(str(made.run_dir), 10, [], Asked(["ab", "cd"], SHORT))
     several = capsys.readouterr().out
     assert several.startswith("[1/2] ab") and "\n[2/2] cd" in several
+
+
+def texts_of(made: Made, capsys: pytest.CaptureFixture[str], asked: Asked, *overrides: str) -> list[dict]:
+    generate_text(str(made.run_dir), None, overrides, asked._replace(as_json=True))
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_json_has_a_line_for_each_text_whatever_shares_a_batch(made, capsys):
+    """Ids say the text, and the likelihood is the scorer's; a prompt longer than a row is told."""
+    long = "abc def " * 40
+    asked = Asked(["ab", "", long], dataclasses.replace(SHORT, max_tokens=9), samples=2)
+    told = texts_of(made, capsys, asked, "mesh.tensor=4", "eval.batch_rows=4")
+    assert [text["prompt"] for text in told] == ["ab", "ab", "", "", long, long]
+    assert told[0]["text"] != told[1]["text"]
+    tokenizer = made.prepared.tokenizer
+    for text in told:
+        assert tuple(text) == ("prompt", "text", "ids", "log_likelihood", "ended")
+        assert tokenizer.decode(text["ids"]) == text["text"] and text["ended"] in ("length", "document")
+        assert -9 * 10 < text["log_likelihood"] < -9
+    alone = texts_of(made, capsys, asked, "mesh.data=1", "eval.batch_rows=1")
+    for text, other in zip(told, alone, strict=True):
+        assert text.pop("log_likelihood") == pytest.approx(other.pop("log_likelihood"), abs=1e-3)
+    assert told == alone
+    generate_text(str(made.run_dir), None, ["mesh.data=1"], Asked([long], SHORT))
+    assert capsys.readouterr().err.splitlines()[-1].endswith("tokens; the model sees the last 32")
+
+
+def test_the_likelihood_of_a_text_is_the_scorers(made, capsys):
+    (text,) = texts_of(made, capsys, Asked(["ab"], SHORT), "mesh.data=1")
+    found = find(made.run_dir)
+    run, sizes = adapt(found.run, ["mesh.data=1"], 8, "cpu")
+    mesh = make_mesh(sizes)
+    with jax.set_mesh(mesh):
+        score, weights = make_score(run.model), restore_weights(found, run.model, mesh)
+        context = [BOS_ID, *found.tokenizer.encode("ab").tolist()]
+        end = [EOS_ID] if text["ended"] == "document" else []
+        (scored,) = log_likelihoods(score, weights, [Pair(context, text["ids"] + end)], seq_len=32, batch_rows=1)
+    assert scored.log_likelihood == pytest.approx(text["log_likelihood"], abs=1e-3)
+
+
+def test_a_stop_string_ends_a_text_and_its_ids(made, capsys):
+    sampling = dataclasses.replace(SHORT, max_tokens=20)
+    (whole,) = texts_of(made, capsys, Asked(["ab"], sampling), "mesh.data=1")
+    stop = whole["text"][3:5]
+    (cut,) = texts_of(made, capsys, Asked(["ab"], sampling, stops=[stop]), "mesh.data=1")
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)] and cut["ended"] == "stop"
+    assert cut["ids"] == whole["ids"][: len(cut["ids"])] and len(cut["ids"]) < len(whole["ids"])
+    assert cut["log_likelihood"] > whole["log_likelihood"]
+    generate_text(str(made.run_dir), None, ["mesh.data=1"], Asked(["ab"], sampling, stops=[stop]))
+    assert capsys.readouterr().out == "ab" + cut["text"] + "\n"
+
+
+def test_beams_give_the_best_texts_and_their_scores(made, capsys):
+    told = texts_of(made, capsys, Asked(["ab", "c"], Searching(3, 0.6, 4), samples=2), "mesh.data=1")
+    assert [text["prompt"] for text in told] == ["ab", "ab", "c", "c"]
+    assert told[0]["score"] >= told[1]["score"] and told[0]["score"] > told[0]["log_likelihood"]
+
+
+def test_generation_stops_between_chunks(made, capsys):
+    for asked in (Asked(["ab"], SHORT), Asked(["ab", "c"], SHORT), Asked(["ab"], Searching(2, 0.6, 40))):
+        generate_text(str(made.run_dir), None, ["mesh.data=1"], asked, stop=lambda: True)
+        assert len(capsys.readouterr().out) < 30
+
+
+def test_prompts_are_read_from_files(tmp_path):
+    lines, records = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    lines.write_bytes("def main(\n\n  caf\u00e9\r\n".encode())
+    assert cli_module.read_prompts(str(lines)) == ["def main(", "  caf\u00e9"]
+    records.write_text('{"prompt": "a\\nb", "id": 3}\n\n{"prompt": ""}\n')
+    assert cli_module.read_prompts(str(records)) == ["a\nb", ""]
+    for content, line in [
+        ("\n", "there is no prompt in it"),
+        ('{"prompt": 3}', r'line 1: has no "prompt" that is text'),
+        ('{"prompt": "a"}\n[]', r'line 2: has no "prompt" that is text'),
+        ("text", "line 1: is not JSON"),
+    ]:
+        records.write_text(content)
+        with pytest.raises(ConfigError, match=line):
+            cli_module.read_prompts(str(records))
+    lines.write_bytes(b"ab\xff")
+    with pytest.raises(ConfigError, match=r"prompts\.txt: is not UTF-8 at byte 2$"):
+        cli_module.read_prompts(str(lines))
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        (("generate", "--prompts", "nowhere.txt"), "--prompts nowhere.txt: No such file or directory"),
+        (("generate", "--prompts", "x", "--prompt", "y"), "--prompt and --prompts: give one of the two"),
+        (("generate", "--top-k", "0"), "--top-k 0: must be at least 1"),
+        (("generate", "--top-p", "0"), "--top-p 0: must be above 0, up to 1"),
+        (("generate", "--min-p", "1.5"), "--min-p 1.5: must be above 0, up to 1"),
+        (("generate", "--repetition-penalty", "nan"), "--repetition-penalty nan: must be above 0, up to 100"),
+        (("generate", "--length-penalty", "-1"), "--length-penalty -1: must be from 0 to 10"),
+        (("generate", "--stop", ""), "--stop '': must not be empty"),
+        (("generate", "--stop", "\\x"), r"--stop '\\x': is no escape that Python knows; a backslash is \\"),
+        (("generate", "--beams", "2", "--samples", "3"), "--samples 3: --beams 2 finds no more than that many"),
+        (
+            ("generate", "--beams", "2", "--top-p", "0.5", "--seed", "1"),
+            "--top-p, --seed: nothing to do with --beams, which compares whole likely texts",
+        ),
         (("generate", "--max-tokens", "0"), "--max-tokens 0: must be at least 1"),
         (("generate", "--temperature", "-1"), "--temperature -1: must be from 0 to 100"),
         (("generate", "--temperature", "nan"), "--temperature nan: must be from 0 to 100"),
@@ -365,8 +520,10 @@ def test_mistakes_in_arguments_in_one_line(arguments, line):
 
 
 def test_the_command_line(made, cli: Cli):
-    done = cli("generate", str(made.run_dir), "--prompt", "ab", "--max-tokens", "3", "--temperature", "0")
-    assert done.returncode == 0 and done.stdout.startswith("ab"), done.stderr
+    options = ("--prompt", "ab", "--max-tokens", "3", "--top-k", "5", "--stop", r"\n", "--samples", "2", "--json")
+    done = cli("generate", str(made.run_dir), *options)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["prompt"] for line in done.stdout.splitlines()] == ["ab", "ab"]
     done = cli("eval", str(made.run_dir), "--step", "15")
     assert done.returncode == 3 and done.stderr == f"{made.run_dir} has no checkpoint 15; there are 10, 20\n"
 

@@ -306,7 +306,8 @@ def test_time_between_attempts_is_not_training_time(tmp_path: Path) -> None:
 
 def test_of_a_step_recorded_twice_the_later_line_counts(tmp_path: Path) -> None:
     lines = [update(3), update(1), update(2), update(2, loss=5.0)]
-    record = read(make_run(tmp_path / "run", metrics=lines, eval=[scores(1, "test", 3.0), scores(1, "test", 2.0)]))
+    evaluations = [scores(1, "test", 3.0), scores(1, "test", 2.0), {"step": 1, "lm_eval": {"tasks": {}}}]
+    record = read(make_run(tmp_path / "run", metrics=lines, eval=evaluations))
     assert list(record.updates["step"]) == [1, 2, 3]
     assert record.updates["loss"][1] == 5.0
     assert [row["bits_per_byte"] for row in record.evaluations] == [2.0]

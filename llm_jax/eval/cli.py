@@ -1,6 +1,12 @@
 """`llm-jax eval` and `llm-jax generate`: their arguments, read before what takes seconds to import."""
 
-from collections.abc import Sequence
+import argparse
+import functools
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from llm_jax.command_line import Parser
 from llm_jax.config import ConfigError
@@ -17,22 +23,48 @@ def _evaluate(argv: Sequence[str]) -> int:
     parser = Parser(
         "eval",
         "Scores a checkpoint on held-out text: loss, perplexity, bits per byte (every byte scored once) and\n"
-        "next-token accuracy, beside zlib -9 and lzma on the same bytes. Adds a line to RUN_DIR/eval.jsonl.",
+        "next-token accuracy, beside zlib -9 and lzma on the same bytes; held-out Python against the same with one\n"
+        "wrong edit; and tasks of your own. Adds a line to RUN_DIR/eval.jsonl. docs/evaluation.md tells of it all.",
         "  llm-jax eval runs/quickstart\n"
         "  llm-jax eval runs/quickstart --step 500 --json\n"
+        "  llm-jax eval runs/quickstart --tasks my_tasks/ --tasks other.yaml\n"
+        "  llm-jax eval runs/quickstart --lm-eval blimp my_task.yaml --limit 100\n"
         "  llm-jax eval runs/quickstart eval.stride=32 mesh.tensor=4     more context for every token; on a mesh",
     )
     _add_run_directory(parser)
     parser.add_argument(
         "--split", choices=("test", "validation"), default="test", help="which held-out text (default: test)"
     )
+    parser.add_argument(
+        "--tasks",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a task's YAML file, or a folder of some; may be given several times",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--lm-eval",
+        nargs="+",
+        metavar="TASK",
+        help="run lm-evaluation-harness instead, on tasks of its own by name, and on others by a YAML file's path",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="with --lm-eval: the first N documents of each task")
     arguments = parser.read(argv)
+    if arguments.limit is not None and (arguments.limit < 1 or not arguments.lm_eval):
+        raise ConfigError(f"--limit {arguments.limit}: must be at least 1, and goes with --lm-eval")
     from llm_jax.eval.evaluation import evaluate_checkpoint, until_stopped
 
     where = (arguments.run_dir, arguments.step, arguments.overrides)
+    if arguments.lm_eval:
+        from llm_jax.eval.lm_harness import evaluate_with_lm_eval
+
+        harness = functools.partial(evaluate_with_lm_eval, *where, arguments.lm_eval, limit=arguments.limit)
+        return until_stopped(lambda stop: harness(as_json=arguments.json, stop=stop))
     return until_stopped(
-        lambda stop: evaluate_checkpoint(*where, split=arguments.split, as_json=arguments.json, stop=stop)
+        lambda stop: evaluate_checkpoint(
+            *where, split=arguments.split, as_json=arguments.json, tasks=arguments.tasks, stop=stop
+        )
     )
 
 
@@ -45,36 +77,144 @@ def generate(argv: Sequence[str]) -> int:
 def _generate(argv: Sequence[str]) -> int:
     parser = Parser(
         "generate",
-        "Continues prompts with text from a checkpoint, printed as it comes. A seed gives the same text on every mesh.",
+        "Continues prompts with text from a checkpoint: one as it comes, several each when it is ready, in order.\n"
+        "A seed gives the same text on every mesh, whatever shares a batch (eval.batch_rows).",
         '  llm-jax generate runs/quickstart --prompt "def main("\n'
-        '  llm-jax generate runs/quickstart --prompt "import " --temperature 0 --max-tokens 50',
+        '  llm-jax generate runs/quickstart --prompt "import " --temperature 0 --max-tokens 50 --stop "\\n\\n"\n'
+        "  llm-jax generate runs/quickstart --prompts prompts.txt --samples 4 --top-p 0.9 --json > texts.jsonl\n"
+        '  llm-jax generate runs/quickstart --prompt "class " --beams 4',
     )
     _add_run_directory(parser)
-    parser.add_argument(
-        "--prompt", action="append", help="the beginning; may be given several times (default: an empty one)"
-    )
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="at most so many new tokens (128)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token each time (0.8)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="everything random follows from it (0)")
+    _add_generate_arguments(parser)
     arguments = parser.read(argv)
-    if arguments.max_tokens < 1:
-        raise ConfigError(f"--max-tokens {arguments.max_tokens}: must be at least 1")
-    if not 0 <= arguments.temperature <= 100:
-        raise ConfigError(f"--temperature {arguments.temperature:g}: must be from 0 to 100")
-    if not 0 <= arguments.seed < 2**31:
-        raise ConfigError(f"--seed {arguments.seed}: must be from 0 to {2**31 - 1}")
-    prompts = arguments.prompt or [""]
+    if arguments.prompt and arguments.prompts:
+        raise ConfigError("--prompt and --prompts: give one of the two")
+    asked = {name: value for name in DRAWING if (value := getattr(arguments, name)) is not None}
+    _check_generate(arguments, asked)
+    prompts = read_prompts(arguments.prompts) if arguments.prompts else arguments.prompt or [""]
     for prompt in prompts:
         if any("\ud800" <= char <= "\udfff" for char in prompt):
             raise ConfigError(f"--prompt {prompt!a}: is not UTF-8")
-    from llm_jax.eval.evaluation import generate_text, until_stopped
+    stops = [_unescaped(stop) for stop in arguments.stop]
+    from llm_jax.eval.beam import Searching
+    from llm_jax.eval.evaluation import until_stopped
+    from llm_jax.eval.generation import Asked, generate_text
     from llm_jax.eval.sampling import Sampling
 
-    sampling = Sampling(arguments.max_tokens, temperature=arguments.temperature, seed=arguments.seed)
+    if arguments.beams is None:
+        how = Sampling(arguments.max_tokens, **asked)
+    else:
+        how = Searching(arguments.beams, arguments.length_penalty, arguments.max_tokens)
+    from_stdin = arguments.prompts == "-"
+    request = Asked(prompts, how, arguments.samples, stops, arguments.json, from_stdin)
     where = (arguments.run_dir, arguments.step, arguments.overrides)
-    return until_stopped(lambda stop: generate_text(*where, prompts, sampling, stop))
+    return until_stopped(lambda stop: generate_text(*where, request, stop))
+
+
+# Options that say how a token is drawn; a search draws none.
+DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+
+
+def _add_generate_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--prompt", action="append", help="the beginning; may be given several times (default: an empty one)")
+    add(
+        "--prompts",
+        metavar="FILE",
+        help='a prompt in each line that is not empty, or a "prompt" in each of a .jsonl file; - is standard input',
+    )
+    add("--max-tokens", type=int, default=128, metavar="N", help="at most so many new tokens (128)")
+    add("--temperature", type=float, metavar="T", help="0 takes the likeliest token each time (0.8)")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that have probability P together")
+    add("--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the likeliest")
+    add("--repetition-penalty", type=float, metavar="R", help="above 1, what is there already becomes less likely")
+    add("--seed", type=int, metavar="S", help="everything random follows from it (0)")
+    add(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="STRING",
+        help="end before it (\\n is a newline); may be given several times",
+    )
+    add("--samples", type=int, default=1, metavar="N", help="texts of each prompt; with --beams the N best (1)")
+    add("--beams", type=int, metavar="K", help="search for likely texts, K at a time, instead of drawing")
+    add("--length-penalty", type=float, default=0.6, metavar="A", help="with --beams: above 0 favours long texts (0.6)")
+    add("--json", action="store_true", help="print a line of JSON for each text, with ids and log-likelihood")
+
+
+def _check_generate(arguments: argparse.Namespace, asked: Mapping[str, float]) -> None:
+    """Raises ConfigError for what no text can be made with."""
+    for name, lowest, highest in (
+        ("max_tokens", 1, math.inf),
+        ("temperature", 0, 100),
+        ("top_k", 1, math.inf),
+        ("top_p", 0, 1),
+        ("min_p", 0, 1),
+        ("repetition_penalty", 0, 100),
+        ("seed", 0, 2**31 - 1),
+        ("samples", 1, math.inf),
+        ("beams", 1, math.inf),
+        ("length_penalty", 0, 10),
+    ):
+        value = getattr(arguments, name)
+        above = name in ("top_p", "min_p", "repetition_penalty")
+        if value is None or (lowest < value <= highest or (value == lowest and not above)):
+            continue
+        if highest == math.inf:
+            must = f"at least {lowest}"
+        else:
+            must = f"above {lowest}, up to {highest}" if above else f"from {lowest} to {highest}"
+        told = f"{value:g}" if isinstance(value, float) else value
+        raise ConfigError(f"--{name.replace('_', '-')} {told}: must be {must}")
+    if "" in arguments.stop:
+        raise ConfigError("--stop '': must not be empty")
+    if arguments.beams is not None:
+        drawn = ["--" + name.replace("_", "-") for name in asked] + ["--stop"] * bool(arguments.stop)
+        if drawn:
+            raise ConfigError(f"{', '.join(drawn)}: nothing to do with --beams, which compares whole likely texts")
+        if arguments.samples > arguments.beams:
+            raise ConfigError(f"--samples {arguments.samples}: --beams {arguments.beams} finds no more than that many")
+
+
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a file: a line each, or "prompt" in each line of a .jsonl file; of standard input for -.
+
+    Raises ConfigError where it cannot be read or has none.
+    """
+    try:
+        text = sys.stdin.buffer.read().decode() if path == "-" else Path(path).read_bytes().decode()
+    except OSError as error:
+        raise ConfigError(f"--prompts {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts {path}: is not UTF-8 at byte {error.start}") from None
+    lines = [(n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), start=1)]
+    lines = [(n, line) for n, line in lines if line]
+    prompts = (
+        [_prompt_of(line, f"--prompts {path}, line {n}") for n, line in lines]
+        if path.endswith(".jsonl")
+        else [line for _, line in lines]
+    )
+    if not prompts:
+        raise ConfigError(f"--prompts {path}: there is no prompt in it")
+    return prompts
+
+
+def _unescaped(stop: str) -> str:
+    try:
+        return stop.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError:
+        raise ConfigError(f"--stop {stop!r}: is no escape that Python knows; a backslash is \\\\") from None
+
+
+def _prompt_of(line: str, whose: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        raise ConfigError(f"{whose}: is not JSON") from None
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise ConfigError(f'{whose}: has no "prompt" that is text')
+    return record["prompt"]
 
 
 def _add_run_directory(parser: Parser) -> None:

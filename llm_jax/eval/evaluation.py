@@ -27,6 +27,11 @@ from llm_jax.eval.restore import Found, adapt, find, for_decoding, mesh_of, rest
 from llm_jax.eval.rows import make_ask, make_row_sums
 from llm_jax.eval.sampling import Sampling
 from llm_jax.eval.scorer import make_score
+from llm_jax.eval.suite import make_suite
+from llm_jax.eval.task_files import Read, read_tasks
+from llm_jax.eval.task_scores import check
+from llm_jax.eval.task_table import suite_table, task_table
+from llm_jax.eval.tasks import causal_model, score_tasks, suite_of_causal
 from llm_jax.guards import AFTER_BATCH, Guards, Stop, never
 from llm_jax.mesh import keep_compiled, told_slices
 from llm_jax.model.backends import told
@@ -73,19 +78,32 @@ def until_stopped(work: Callable[[Stop], object]) -> int:
 
 
 def evaluate_checkpoint(
-    run_dir: str, step: int | None, overrides: Sequence[str], *, split: str, as_json: bool, stop: Stop = never
+    run_dir: str,
+    step: int | None,
+    overrides: Sequence[str],
+    *,
+    split: str,
+    as_json: bool,
+    tasks: Sequence[str] = (),
+    stop: Stop = never,
 ) -> dict[str, Any] | None:
-    """Scores held-out text, prints the result, and adds it to the run's eval.jsonl; returns it.
+    """Scores held-out text and tasks, prints the result, and adds it to the run's eval.jsonl; returns it.
+
+    tasks: YAML files, and folders of some.
 
     stop is asked before each batch, and must answer alike on all processes; stopped, it writes nothing and returns
     None. Needs the job's processes joined.
     """
+    reads = read_tasks(tasks)
     with opened(run_dir, step, overrides) as (found, run, mesh):
         prepared = same_data(found, run)
         match run.objective:
             case CausalConfig():
-                scored = score_text(found, run, mesh, prepared, split, stop)
+                check(reads, causal=True)
+                scored = score_text(found, run, mesh, prepared, split, reads, stop)
             case MlmConfig():
+                if reads:
+                    raise Refused(f"--tasks scores causal language models, and {run_dir} is a masked one")
                 scored = score_masked(found, run, mesh, prepared, split, stop)
         if scored is None:
             return None
@@ -102,33 +120,38 @@ def evaluate_checkpoint(
 
 
 def score_text(
-    found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: str, stop: Stop
+    found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: str, reads: Sequence[Read], stop: Stop
 ) -> tuple[dict[str, Any], Sample] | None:
-    """Every byte of the split once, in windows, beside compressors; and a document's beginning continued.
+    """Every byte of the split once, in windows, beside compressors; the suite, tasks, and a beginning continued.
 
     None where it was stopped.
     """
-    held_out = held_out_of(documents(prepared, split), found.tokenizer)
+    texts = list(documents(prepared, split))
+    held_out = held_out_of(texts, found.tokenizer)
     if not any(document.text for document in held_out):
         raise DataError(f"the {split} split has no text; raise data.{split}_share, or give more text")
     weights = restore_weights(found, run.model, mesh)
     stride = run.eval.stride or run.data.seq_len // 2
+    seq_len, batch_rows = run.data.seq_len, whole_batch(run, mesh)
+    score, piece_bytes = make_score(run.model), found.tokenizer.piece_bytes
     sums = score_held_out(
-        make_score(run.model),
-        weights,
-        held_out,
-        found.tokenizer.piece_bytes,
-        seq_len=run.data.seq_len,
-        stride=stride,
-        batch_rows=whole_batch(run, mesh),
-        stop=stop,
+        score, weights, held_out, piece_bytes, seq_len=seq_len, stride=stride, batch_rows=batch_rows, stop=stop
     )
     if sums is None:
+        return None
+    suite = make_suite(texts, found.tokenizer, seq_len, run.seed)
+    kinds = suite_of_causal(suite, score, weights, run, batch_rows, stop)
+    if kinds is None:
+        return None
+    model = causal_model(score, weights, run, found.tokenizer, stride=stride, batch_rows=batch_rows, stop=stop)
+    tasks = score_tasks(reads, model)
+    if tasks is None:
         return None
     sample = beginning_continued(weights, run, found.tokenizer, held_out[0].text, stop)
     if sample is None:
         return None
-    return {**figures(sums), **compressed(held_out), "split": split, "stride": stride}, sample
+    told = {**figures(sums), **compressed(held_out), "split": split, "stride": stride}
+    return {**told, "suite": kinds, "tasks": tasks}, sample
 
 
 def score_masked(
@@ -149,39 +172,13 @@ def score_masked(
         return None
     nothing = dict.fromkeys(("zlib_bits_per_byte", "lzma_bits_per_byte"))
     filled = fill_first_row(run.model, weights, ask, rows, found.tokenizer)
-    return {**figures(sums, masked=True), **nothing, "split": split, "stride": None}, {"filled": filled}
+    told = {**figures(sums, masked=True), **nothing, "split": split, "stride": None}
+    return {**told, "suite": None, "tasks": {}}, {"filled": filled}
 
 
 def whole_batch(run: Run, mesh: Mesh) -> int:
     """eval.batch_rows, rounded up to what the mesh divides."""
     return -(-run.eval.batch_rows // row_parts(mesh)) * row_parts(mesh)
-
-
-def generate_text(
-    run_dir: str,
-    step: int | None,
-    overrides: Sequence[str],
-    prompts: Sequence[str],
-    sampling: Sampling,
-    stop: Stop = never,
-) -> None:
-    """Prints each prompt and its continuation as it comes. Raises Refused for a masked language model.
-
-    stop is asked after each token, and must answer alike on all processes. Needs the job's processes joined.
-    """
-    with (
-        opened(run_dir, step, overrides, continues=True) as (found, run, mesh),
-        for_decoding(restore_weights(found, run.model, mesh), run.model) as (weights, cfg),
-    ):
-        decoder = make_decoder(cfg, run.data.seq_len, sampling)
-        for row, prompt in enumerate(prompts):
-            write(f"[{row + 1}/{len(prompts)}] " * (len(prompts) > 1) + prompt)
-            for (text,) in streams(decoder, weights, found.tokenizer, [prompt_of(found.tokenizer, prompt, row)]):
-                write(text)
-                if stop():
-                    write("\n")
-                    return
-            write("\n")
 
 
 @contextmanager
@@ -251,12 +248,29 @@ def show(name: str, result: Mapping[str, Any], text: Sample) -> None:
     if result["seen_long_lines"] is not None:
         table.add_row("its long lines that training saw", f"{result['seen_long_lines']:.1%}")
     Console().print(table)
+    show_tasks(result)
     if masked:
         print("\na held-out row, its hidden tokens as [first guess], or as [first guess|what was there]:\n")
         print(in_brackets(text["filled"]), flush=True)
     else:
         print(f"\na sample, after the first {len(text['prompt'])} characters of a held-out document:\n")
         print(text["prompt"] + text["text"], flush=True)
+
+
+def show_tasks(result: Mapping[str, Any]) -> None:
+    """Prints tables of the default suite and of the tasks, where there are any."""
+    suite = result["suite"]
+    if suite is not None and not suite["kinds"] and not suite["left_out"]:
+        print("\nno default suite: it is made of held-out Python, and no document here is a .py file that parses")
+    elif suite is not None:
+        print("\nheld-out Python, and the same with one wrong edit: how often the original is likelier")
+        if suite["kinds"]:
+            Console().print(suite_table(suite))
+        for kind, why in suite["left_out"].items():
+            print(f"{kind} is left out: {why}")
+    if result["tasks"]:
+        print()
+        Console().print(task_table(result["tasks"]))
 
 
 def as_text(value: float | None, form: str) -> str:

@@ -70,7 +70,7 @@ def score_held_out(
     """
     sums = Sums()
     n_tokens = sum(len(document.tokens) - 1 for document in held_out)
-    with _progress("scoring", n_tokens) as advance:
+    with job_progress("scoring", n_tokens) as advance:
         for rows in batched(pack((document.tokens for document in held_out), seq_len, stride), batch_rows):
             if stop():
                 return None
@@ -95,7 +95,7 @@ def score_rows(row_sums: RowSums, weights: Weights, n_rows: int, batch_rows: int
     Raises NotFinite where a batch's loss is not a number.
     """
     sums = Sums()
-    with _progress("scoring", n_rows) as advance:
+    with job_progress("scoring", n_rows) as advance:
         for start in range(0, n_rows, batch_rows):
             if stop():
                 return None
@@ -120,7 +120,7 @@ def compressed(held_out: Sequence[HeldOut]) -> dict[str, float]:
     return {"zlib_bits_per_byte": 8 * zlib_bytes / n_bytes, "lzma_bits_per_byte": 8 * lzma_bytes / n_bytes}
 
 
-def _progress(label: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+def job_progress(label: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
     """Process 0's progress speaks for all."""
     if jax.process_index() == 0:
         return progress(label, total)

@@ -3,7 +3,7 @@
 Short windows share a row, each a segment of its own, so that many short documents cost few rows.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,12 +53,12 @@ def pack(documents: Iterable[np.ndarray], length: int, stride: int) -> Iterator[
         for window in windows(len(tokens), length, stride):
             size = window.stop - window.start
             if size > room:
-                yield _row(held, length)
+                yield row_of(held, length)
                 held, room = [], length
             held.append((tokens, window))
             room -= size
     if held:
-        yield _row(held, length)
+        yield row_of(held, length)
 
 
 def batched(rows: Iterable[Rows], batch_rows: int) -> Iterator[Rows]:
@@ -70,12 +70,13 @@ def batched(rows: Iterable[Rows], batch_rows: int) -> Iterator[Rows]:
             yield Rows(*map(np.stack, zip(*held, strict=True)))
             held = []
     if held:
-        nothing = _row([], len(held[0].tokens_BT))
+        nothing = row_of([], len(held[0].tokens_BT))
         held += [nothing] * (batch_rows - len(held))
         yield Rows(*map(np.stack, zip(*held, strict=True)))
 
 
-def _row(held: list[tuple[np.ndarray, Window]], length: int) -> Rows:
+def row_of(held: Sequence[tuple[np.ndarray, Window]], length: int) -> Rows:
+    """One row, of documents' windows: the first of them is segment 1."""
     tokens_T, targets_T = np.full((2, length), PAD_ID, np.int32)
     segments_T, positions_T = np.zeros((2, length), np.int32)
     scored_T = np.zeros(length, bool)

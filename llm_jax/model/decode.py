@@ -4,6 +4,8 @@ Prompts are aligned at their ends, so that all rows write at the same place; wha
 padding that nobody sees. A layer that looks back a window only has a cache of a window's length.
 """
 
+import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,23 +17,27 @@ from llm_jax.config import ConfigError
 from llm_jax.mesh import acts
 from llm_jax.model.attention import dense
 from llm_jax.model.config import LayerConfig, ModelConfig
-from llm_jax.model.layers import Block, Rows, sight_of
+from llm_jax.model.layers import Attention, Block, Rows, sight_of
+from llm_jax.model.rope import Angles
 from llm_jax.model.sight import Places, Sight, reach, visible
 from llm_jax.model.transformer import Transformer, angles_by_theta, logits
 
 
 class Pair(NamedTuple):
-    """Keys and values of the layers of a place: [L, B, S, K, C]; slot i % S holds the row's place i."""
+    """Keys and values of a layer; slot i % S holds the row's place i.
 
-    keys: Array
-    values: Array
+    They lie as the products of one query want to read them: else every token would have all of them turned first.
+    """
+
+    keys_BKCS: Array
+    values_BKSC: Array
 
 
 class Cache(NamedTuple):
     """What a row's new tokens look back at."""
 
     pairs: dict[str, Pair]
-    """By the name of the layers' place."""
+    """By the layer's name."""
     start_B: Array
     """Where in the row its first token stands, int32."""
 
@@ -60,21 +66,11 @@ def prefill(model: Transformer, tokens_BT: Array, start_B: Array, slots: int, cf
     here = _places(place_BT, start_B)
     rows = Rows(here, here, here.segments != PADDING)
     by_theta = angles_by_theta(here.positions, cfg)
-
-    def apply(x_BTD: Array, block: Block, layer: LayerConfig, nothing: None, *, in_scan: bool) -> tuple[Array, Pair]:
-        sight, angles = sight_of(layer, cfg, causal=True), by_theta.get(layer.rope_theta or cfg.rope_theta)
-
-        def attend(x_BTD: Array) -> tuple[Array, Pair]:
-            q_BTHC, k_BTKC, v_BTKC = block.attention.projected(x_BTD, angles, cfg)
-            n = _slots(sight, slots)
-            kept = Pair(_into_slots(k_BTKC, n), _into_slots(v_BTKC, n))
-            return block.attention.over(q_BTHC, k_BTKC, v_BTKC, rows, sight, cfg), kept
-
-        x_BTD, _, pair = block.around(x_BTD, attend, rows.real_BT, cfg, layer)
-        return x_BTD, pair
-
-    x_BTD = model.embedded(tokens_BT, here.positions, cfg)
-    x_BTD, pairs = model.through_layers(x_BTD, apply, dict.fromkeys(model.layers), cfg)
+    x_BTD, pairs = model.embedded(tokens_BT, here.positions, cfg), {}
+    for name, block, layer in layers_of(model, cfg):
+        by, sight = by_theta.get(layer.rope_theta or cfg.rope_theta), sight_of(layer, cfg, causal=True)
+        attend = functools.partial(_read, block.attention, by, sight, rows, slots, cfg)
+        x_BTD, _, pairs[name] = block.around(x_BTD, attend, rows.real_BT, cfg, layer)
     return _last_logits(model, x_BTD[:, -1:], cfg), Cache(pairs, start_B)
 
 
@@ -83,50 +79,71 @@ def step(model: Transformer, token_B: Array, t: Array, cache: Cache, cfg: ModelC
     token_BT = token_B[:, None]
     here = _places(jnp.zeros_like(token_BT) + t, cache.start_B)
     by_theta = angles_by_theta(here.positions, cfg)
-
-    def apply(x_BTD: Array, block: Block, layer: LayerConfig, pair: Pair, *, in_scan: bool) -> tuple[Array, Pair]:
-        sight, angles = sight_of(layer, cfg, causal=True), by_theta.get(layer.rope_theta or cfg.rope_theta)
-
-        def attend(x_BTD: Array) -> tuple[Array, Pair]:
-            q_BTHC, k_BTKC, v_BTKC = block.attention.projected(x_BTD, angles, cfg)
-            n = pair.keys.shape[1]
-            after = Pair(
-                *(
-                    jax.lax.dynamic_update_slice_in_dim(x, new, t % n, axis=1)
-                    for x, new in zip(pair, (k_BTKC, v_BTKC), strict=True)
-                )
-            )
-            # The latest place whose slot this is, up to now.
-            place_S = t - (t - jnp.arange(n)) % n
-            there = _places(
-                jnp.broadcast_to(place_S[None], (x_BTD.shape[0], n), out_sharding=acts("BS")), cache.start_B
-            )
-            visible_BTS = visible(here, there, t[None], place_S, sight)
-            sinks = block.attention.sinks
-            sinks_H = None if sinks is None else jax.reshard(sinks[...], acts("H"))
-            o_BTHC = dense(q_BTHC, after.keys, after.values, sinks_H, visible_BTS, cfg.attention_soft_cap)
-            return block.attention.added(o_BTHC, cfg), after
-
-        x_BTD, _, pair = block.around(x_BTD, attend, jnp.ones_like(token_BT, bool), cfg, layer)
-        return x_BTD, pair
-
-    x_BTD = model.embedded(token_BT, here.positions, cfg)
-    x_BTD, pairs = model.through_layers(x_BTD, apply, cache.pairs, cfg)
+    x_BTD, pairs = model.embedded(token_BT, here.positions, cfg), {}
+    for name, block, layer in layers_of(model, cfg):
+        by, sight = by_theta.get(layer.rope_theta or cfg.rope_theta), sight_of(layer, cfg, causal=True)
+        attend = functools.partial(
+            _look_back, block.attention, by, sight, here, t, cache.pairs[name], cache.start_B, cfg
+        )
+        x_BTD, _, pairs[name] = block.around(x_BTD, attend, jnp.ones_like(token_BT, bool), cfg, layer)
     return _last_logits(model, x_BTD, cfg), Cache(pairs, cache.start_B)
+
+
+def _read(
+    attention: Attention, by: Angles | None, sight: Sight, rows: Rows, slots: int, cfg: ModelConfig, x_BTD: Array
+) -> tuple[Array, Pair]:
+    """Attention inside the prompts, and what new tokens are going to look back at."""
+    q_BTHC, k_BTKC, v_BTKC = attention.projected(x_BTD, by, cfg)
+    behind, _ = reach(sight, slots)
+    n = min(slots, behind + 1)
+    kept = Pair(jnp.moveaxis(_into_slots(k_BTKC, n), 1, 3), jnp.swapaxes(_into_slots(v_BTKC, n), 1, 2))
+    return attention.over(q_BTHC, k_BTKC, v_BTKC, rows, sight, cfg), kept
+
+
+def _look_back(
+    attention: Attention,
+    by: Angles | None,
+    sight: Sight,
+    here: Places,
+    t: Array,
+    pair: Pair,
+    start_B: Array,
+    cfg: ModelConfig,
+    x_BTD: Array,
+) -> tuple[Array, Pair]:
+    """Attention of one token a row, at place t, and the cache with it."""
+    q_BTHC, k_BTKC, v_BTKC = attention.projected(x_BTD, by, cfg)
+    B, _, _, n = pair.keys_BKCS.shape
+    keys_BKCS = jax.lax.dynamic_update_slice_in_dim(pair.keys_BKCS, jnp.moveaxis(k_BTKC, 1, 3), t % n, axis=3)
+    values_BKSC = jax.lax.dynamic_update_slice_in_dim(pair.values_BKSC, jnp.swapaxes(v_BTKC, 1, 2), t % n, axis=2)
+    # The latest place whose slot this is, up to now.
+    place_S = t - (t - jnp.arange(n)) % n
+    there = _places(jnp.broadcast_to(place_S[None], (B, n), out_sharding=acts("BS")), start_B)
+    visible_BTS = visible(here, there, t[None], place_S, sight)
+    sinks_H = None if attention.sinks is None else jax.reshard(attention.sinks[...], acts("H"))
+    k_BSKC, v_BSKC = jnp.moveaxis(keys_BKCS, 3, 1), jnp.swapaxes(values_BKSC, 1, 2)
+    o_BTHC = dense(q_BTHC, k_BSKC, v_BSKC, sinks_H, visible_BTS, cfg.attention_soft_cap)
+    return attention.added(o_BTHC, cfg), Pair(keys_BKCS, values_BKSC)
+
+
+def layers_of(model: Transformer, cfg: ModelConfig) -> Iterator[tuple[str, Block, LayerConfig]]:
+    """The layers of an unrolled model, each with its place's name."""
+    for place in cfg.leading_places:
+        yield place.name, model.layers[place.name], place.layer
+    (place,) = cfg.period_places
+    yield place.name, jax.tree.map(lambda x: x[0], model.layers[place.name]), place.layer
 
 
 def rows_of(tree: Any, from_B: Array) -> Any:
     """Row from_B[b] of every array, as row b: texts that begin alike, or beams that go on from one another.
 
-    Arrays are [B, ...], those of a cache [L, B, S, K, C]. Rows may move between devices.
+    Arrays are [B, ...]. Rows may move between devices.
     """
 
     def taken(x: Array) -> Array:
-        axis = 1 if x.ndim == 5 else 0
         sharding = jax.typeof(x).sharding.spec
-        whole = jax.reshard(x, P(*(None if i == axis else part for i, part in enumerate(sharding))))
-        index_B = jax.reshard(from_B, P())
-        return whole.at[(slice(None),) * axis + (index_B,)].get(mode="clip", out_sharding=sharding)
+        whole = jax.reshard(x, P(None, *sharding[1:]))
+        return whole.at[jax.reshard(from_B, P())].get(mode="clip", out_sharding=sharding)
 
     return jax.tree.map(taken, tree)
 
@@ -135,12 +152,6 @@ def _places(place_BT: Array, start_B: Array) -> Places:
     """Segment 0 from a row's first token on; what is before it, or was never written, is padding."""
     position_BT = place_BT - start_B[:, None]
     return Places(jnp.where(position_BT >= 0, 0, PADDING), jnp.maximum(position_BT, 0))
-
-
-def _slots(sight: Sight, slots: int) -> int:
-    """How many places back a layer needs, the present one included."""
-    behind, _ = reach(sight, slots)
-    return min(slots, behind + 1)
 
 
 def _into_slots(x_BTKC: Array, n: int) -> Array:

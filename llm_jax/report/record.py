@@ -41,7 +41,7 @@ class Record:
     looks: Columns
     """validation.jsonl's lines, in the order of their steps."""
     evaluations: Sequence[Mapping[str, Any]]
-    """eval.jsonl's newest row for each step and split, in that order."""
+    """eval.jsonl's newest row of held-out text for each step and split, in that order."""
     attempts: Sequence[Mapping[str, Any]]
     """environment.json's attempts, the oldest first."""
     expert_load: Sequence[float]
@@ -159,6 +159,8 @@ def _last_load(path: Path) -> Sequence[float]:
 def _newest_rows(path: Path) -> list[Mapping[str, Any]]:
     newest: dict[tuple[float, str], Mapping[str, Any]] = {}
     for row in _lines(path, json.loads):
+        if "lm_eval" in row:  # figures of another harness, of no text of the run's
+            continue
         newest[number(row.get("step")), str(row.get("split"))] = row
     return [newest[key] for key in sorted(newest) if math.isfinite(key[0])]
 

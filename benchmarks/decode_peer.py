@@ -1,0 +1,53 @@
+"""The same decoding by transformers: run by decode.py with --peer, in an environment that has torch.
+
+A Llama of the same sizes with random weights, greedy, nothing ends a text early. Answers each line on stdin by
+[wall seconds, CPU seconds].
+"""
+
+import json
+import sys
+import time
+
+import torch  # pyright: ignore[reportMissingImports]  it is in the peer's environment alone
+import transformers  # pyright: ignore[reportMissingImports]
+
+
+def main() -> None:
+    """Says what it is, then answers until stdin ends."""
+    spec = json.loads(sys.argv[1])
+    config = transformers.LlamaConfig(
+        hidden_size=spec["d_model"],
+        intermediate_size=spec["d_ff"],
+        num_hidden_layers=spec["n_layers"],
+        num_attention_heads=spec["n_heads"],
+        num_key_value_heads=spec["n_heads"],
+        vocab_size=spec["vocab_size"],
+        max_position_embeddings=spec["prompt"] + spec["new"],
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokens = torch.randint(5, spec["vocab_size"], (spec["rows"], spec["prompt"]))
+    seen = torch.ones_like(tokens)
+    about = {
+        "of": "transformers",
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "attention": model.config._attn_implementation,
+        "threads": torch.get_num_threads(),
+    }
+    print(json.dumps(about), flush=True)
+    for _ in sys.stdin:
+        begun, cpu_begun = time.perf_counter(), time.process_time()
+        with torch.inference_mode():
+            texts = model.generate(tokens, attention_mask=seen, max_new_tokens=spec["new"], do_sample=False)
+        seconds = time.perf_counter() - begun, time.process_time() - cpu_begun
+        assert texts.shape == (spec["rows"], spec["prompt"] + spec["new"]), texts.shape
+        print(json.dumps(seconds), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""A causal checkpoint before tasks and the default suite."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from llm_jax.data.tokenizer import Tokenizer
+from llm_jax.eval.generate import continued, make_decoder, prompt_of
+from llm_jax.eval.requests import Likelihood, Pair, log_likelihoods
+from llm_jax.eval.restore import for_decoding
+from llm_jax.eval.sampling import Sampling
+from llm_jax.eval.scorer import Score
+from llm_jax.eval.suite import NO_SUITE, Suite, score_suite
+from llm_jax.eval.task_files import Read
+from llm_jax.eval.task_scores import Likelihoods, Model, score_task
+from llm_jax.guards import Stop
+from llm_jax.model.config import ModelConfig
+from llm_jax.model.transformer import Transformer, Weights, split
+from llm_jax.run import Run
+
+Continue = Callable[[Sequence[str], Sequence[str], int], list[str] | None]
+
+
+def score_tasks(reads: Sequence[Read], model: Model) -> dict[str, Any] | None:
+    """Each task's figures under its name; None where it was stopped."""
+    figures = {}
+    for read in reads:
+        scored = score_task(read, model)
+        if scored is None:
+            return None
+        figures[read.name] = scored
+    return figures
+
+
+def suite_of_causal(
+    suite: Suite | None, score: Score, weights: Weights, run: Run, batch_rows: int, stop: Stop
+) -> dict[str, Any] | None:
+    """What `score_suite` tells, nothing in it where the held-out text has no Python; None where it was stopped."""
+    if suite is None:
+        return dict(NO_SUITE)
+    both = [
+        likelihoods_of(score, each, run.data.seq_len, batch_rows, stop)
+        for each in (weights, untrained(run.model, run.seed))
+    ]
+    return score_suite(suite, *both, causal=True)
+
+
+def untrained(cfg: ModelConfig, seed: int) -> Weights:
+    """The weights that training with this seed begins with, on the set mesh."""
+
+    @jax.jit
+    def init() -> Weights:
+        parts = split(Transformer(cfg, nnx.Rngs(params=jax.random.key(seed))))
+        return parts.params, parts.balance
+
+    return init()
+
+
+def causal_model(
+    score: Score, weights: Weights, run: Run, tokenizer: Tokenizer, *, stride: int, batch_rows: int, stop: Stop
+) -> Model:
+    """What tasks ask, answered by weights on the set mesh; batch_rows is what the mesh divides."""
+    seq_len = run.data.seq_len
+    likelihoods = likelihoods_of(score, weights, seq_len, batch_rows, stop)
+    go_on = _continued(weights, run, tokenizer, batch_rows, stop)
+    return Model(tokenizer, seq_len, stride, causal=True, likelihoods=likelihoods, continued=go_on)
+
+
+def likelihoods_of(score: Score, weights: Weights, seq_len: int, batch_rows: int, stop: Stop) -> Likelihoods:
+    """The function from pairs to likelihoods."""
+
+    def likelihoods(pairs: Sequence[Pair]) -> list[Likelihood] | None:
+        return log_likelihoods(score, weights, pairs, seq_len=seq_len, batch_rows=batch_rows, stop=stop)
+
+    return likelihoods
+
+
+def _continued(weights: Weights, run: Run, tokenizer: Tokenizer, batch_rows: int, stop: Stop) -> Continue:
+    """The function (prompts, stop strings, most tokens) -> the likeliest continuations, token by token."""
+
+    def go_on(prompts: Sequence[str], stops: Sequence[str], max_tokens: int) -> list[str] | None:
+        sampling = Sampling(max_tokens=max_tokens, temperature=0.0)
+        # Prompts of about the same length share a batch, which is as long as its longest.
+        order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+        texts = [""] * len(prompts)
+        with for_decoding(weights, run.model) as (unrolled, cfg):
+            decoder = make_decoder(cfg, run.data.seq_len, sampling)
+            for start in range(0, len(order), batch_rows):
+                if stop():
+                    return None
+                batch = order[start : start + batch_rows]
+                asked = [prompt_of(tokenizer, prompts[n], n) for n in batch]
+                for n, text in zip(batch, continued(decoder, unrolled, tokenizer, asked, stops), strict=True):
+                    texts[n] = text
+        return texts
+
+    return go_on
