@@ -219,13 +219,15 @@ def test_a_shorter_stride_gives_more_context_and_scores_the_same_bytes(made):
     assert short["loss"] != long["loss"]
 
 
-def test_as_processes_it_knows_no_training_and_several_agree(made, start: Start, launch_processes: LaunchProcesses):
+def test_as_processes_it_knows_no_training_and_several_agree(
+    made, tasks, start: Start, launch_processes: LaunchProcesses
+):
     program = (
         "import sys; from llm_jax.__main__ import main; code = main(sys.argv[1:]); "
         "print([m for m in sorted(sys.modules) if m.startswith(('llm_jax.train.', 'llm_jax.optim.')) "
         "and not m.endswith('.config')], file=sys.stderr); sys.exit(code)"
     )
-    arguments = ["-c", program, "eval", str(made.run_dir), "--step", "10", "--json"]
+    arguments = ["-c", program, "eval", str(made.run_dir), "--step", "10", "--json", "--tasks", str(tasks)]
     alone = start(*arguments, devices=1).wait()
     assert alone.returncode == 0, alone.stderr
     assert alone.stderr.splitlines()[-1] == "[]"
@@ -235,6 +237,12 @@ def test_as_processes_it_knows_no_training_and_several_agree(made, start: Start,
     said = [[line for line in done.stdout.splitlines() if line.startswith("{")] for done in (first, second)]
     assert len(alone.stdout.splitlines()) == len(said[0]) == 1 and said[1] == []
     ours, theirs = json.loads(alone.stdout), json.loads(said[0][0])
+    assert list(ours["tasks"]) == list(TASKS)
+    for name, told in ours.pop("tasks").items():
+        for metric, figure in told["metrics"].items():
+            there = theirs["tasks"][name]["metrics"][metric]["value"]
+            assert there == pytest.approx(figure["value"], rel=1e-4, abs=1e-6), metric
+    theirs.pop("tasks")
     assert theirs.pop("loss") == pytest.approx(ours.pop("loss"), rel=1e-5)
     for name in ("perplexity", "bits_per_byte"):
         assert theirs.pop(name) == pytest.approx(ours.pop(name), rel=1e-4)
