@@ -29,7 +29,7 @@ from tests.small import mesh_of
 from tests.test_eval_verbs import MODEL, SHORT, Made, evaluate, save, text_source, write_texts
 
 WEIGHTS = (nnx.State({}), nnx.State({}))
-NOTHING = ("bits_per_byte", "zlib_bits_per_byte", "lzma_bits_per_byte", "stride")
+NOTHING = ("bits_per_byte", "zlib_bits_per_byte", "lzma_bits_per_byte", "stride", "suite")
 
 
 @pytest.fixture(scope="module")
