@@ -126,14 +126,14 @@ def test_a_disk_that_cannot_be_written_is_code_74_and_the_last_good_checkpoint_s
     assert_same_history(run_dir, uninterrupted)
 
 
-# From the first save on, no file of this process may grow past 400 kB: the kernel's own refusal, as from a full disk.
+# From the first save on, no file of this process may grow past 100 kB: the kernel's own refusal, as from a full disk.
 FULL_DISK = """
 import resource, signal, sys
 from llm_jax.checkpoint import Checkpoints
 real = Checkpoints.save
 def save(self, *args, **kwargs):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     return real(self, *args, **kwargs)
 Checkpoints.save = save
 from llm_jax.__main__ import main
