@@ -89,15 +89,14 @@ def join_processes(heartbeat_s: int, patience_s: int) -> None:
 
 
 def _order_collectives() -> None:
-    """Has XLA's programs for CPUs begin collectives in the same order on every device; set before the first of them.
+    """Has XLA begin the collectives of a program for CPUs in the same order on every device.
 
-    With its scheduler for concurrency, processes of several devices on a mesh with two axes wait for each other for
-    ever, each in another collective: 10 of 14 runs did, within 150 steps.
+    Comes before the first program. With its scheduler for concurrency, processes of several devices on a mesh of two
+    axes wait for each other for ever, each device in another collective: 4 of 7 runs of 2 x 4 devices did within 150
+    steps (JAX 0.10), and none of 8 without it, which were as fast.
     """
-    flag = "--xla_cpu_enable_concurrency_optimized_scheduler"
-    flags = os.environ.get("XLA_FLAGS", "")
-    on_cpu = (jax.config.values["jax_platforms"] or "cpu").startswith("cpu")
-    if on_cpu and flag not in flags:
+    flag, flags = "--xla_cpu_enable_concurrency_optimized_scheduler", os.environ.get("XLA_FLAGS", "")
+    if (jax.config.values["jax_platforms"] or "").startswith("cpu") and flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
 
 

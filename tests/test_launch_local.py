@@ -496,6 +496,17 @@ def test_an_exception_ends_all_within_15_seconds(start: Start, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_collectives_of_two_axes_do_not_wait_for_each_other(start: Start, tmp_path: Path) -> None:
+    """fsdp within a process and data across: devices that begin their collectives in different orders hang, often."""
+    steps = ("train.steps=150", "mesh.fsdp=4", "checkpoint.every=200", "watchdog.floor_s=30", "watchdog.grace_s=5")
+    _, _, _, *words = train(tmp_path / "run", *steps)
+    file = tmp_path / "one_attempt.yaml"
+    file.write_text("processes: 2\ndevices: 4\nrestarts: 0\n")
+    done = start("-m", "llm_jax", "launch", "local", *words, "--resources", str(file), "--submit").wait()
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
 def test_the_deaf_and_the_stopped_go_with_sigkill(start: Start, tmp_path: Path) -> None:
     """Process 0 is stopped before batch 3, and process 1, which waits for it in a collective, is killed."""
     faults = "0-3=SIGSTOP"
