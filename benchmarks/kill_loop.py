@@ -36,8 +36,8 @@ HEADING = "## The kill loop\n"
 SECTION = """
 `benchmarks/kill_loop.py` trains a tiny run of {steps} updates, with looks at held-out rows and checkpoints by number
 and by the clock, and sends SIGKILL at random moments: to all processes, or to one of two, of which the other then ends
-by itself or is killed some seconds later, as by a launcher. Four in ten fall before the first update, three in ten wait
-for a half-written checkpoint.
+by itself or is killed some seconds later, as by a launcher. Four in ten are aimed at the time before the first update,
+as long as it was in a run that nobody stopped, and three in ten at half-written checkpoints; where they fell is below.
 After each kill the same command goes on, until the run has come to its end; then a start on the finished run is killed
 too, and another run begins. Every history is held against the one of a run that nobody stopped, with as many processes:
 updates 1 to {steps} once each, every batch once, every line of `metrics.jsonl` and `validation.jsonl` but the times,
