@@ -57,13 +57,13 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-def told(running: Running, number: int, code: int, timeout: float = 60) -> str:
+def told(running: Running, number: int, code: int, timeout: float = 240) -> str:
     """Sends the signal, and holds the process to its exit code and to ending without a traceback; what it said."""
     running.process.send_signal(number)
     return ended(running, code, timeout)
 
 
-def ended(running: Running, code: int, timeout: float = 60) -> str:
+def ended(running: Running, code: int, timeout: float = 240) -> str:
     done = running.wait(timeout)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -257,7 +257,7 @@ def test_generation(uninterrupted: Path, start: Start, tmp_path: Path, number: i
     """It stops after a token."""
     marker = tmp_path / "begun"
     running = start(
-        *("-c", SLOWED_ITEMS, "llm_jax.eval.evaluation", "stream", str(marker), "0.5"),
+        *("-c", SLOWED_ITEMS, "llm_jax.eval.generation", "decoding", str(marker), "0.5"),
         *("generate", str(uninterrupted), "--prompt", "import"),
     )
     wait_for(marker.exists, running)
