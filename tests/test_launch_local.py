@@ -23,7 +23,7 @@ from llm_jax.launch.config import LocalResources
 from llm_jax.launch.job import Job, is_retried, is_saved
 from llm_jax.launch.local import Exit, environments, exit_code_when_asked, is_restarted, render, verdict
 from tests.conftest import ROOT, Running, Start
-from tests.training import assert_same_history, has_lines, newest, steps_written, train, wait_for
+from tests.training import DATA, assert_same_history, has_lines, newest, steps_written, train, wait_for
 
 LAUNCHER = """
 import json, sys
@@ -498,8 +498,8 @@ def test_an_exception_ends_all_within_15_seconds(start: Start, tmp_path: Path) -
 @pytest.mark.slow
 def test_collectives_of_two_axes_do_not_wait_for_each_other(start: Start, tmp_path: Path) -> None:
     """fsdp within a process and data across: devices that begin their collectives in different orders hang, often."""
-    steps = ("train.steps=150", "mesh.fsdp=4", "checkpoint.every=200", "watchdog.floor_s=30", "watchdog.grace_s=5")
-    _, _, _, *words = train(tmp_path / "run", *steps)
+    words = (str(ROOT / "configs" / "tiny_causal.py"), DATA, f"run_dir={tmp_path / 'run'}", "mesh.fsdp=4")
+    words = (*words, "train.steps=150", "eval.every=0", "watchdog.floor_s=30", "watchdog.grace_s=5")
     file = tmp_path / "one_attempt.yaml"
     file.write_text("processes: 2\ndevices: 4\nrestarts: 0\n")
     done = start("-m", "llm_jax", "launch", "local", *words, "--resources", str(file), "--submit").wait()
