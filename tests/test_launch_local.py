@@ -511,7 +511,7 @@ def test_the_deaf_and_the_stopped_go_with_sigkill(start: Start, tmp_path: Path) 
     """Process 0 is stopped before batch 3, and process 1, which waits for it in a collective, is killed."""
     faults = "0-3=SIGSTOP"
     running = start("-c", PLANTED_LAUNCHER, faults, PLANTED, *train(tmp_path / "run", *SHORT))
-    wait_for(lambda: (tmp_path / "0-3").exists(), running)
+    wait_for(lambda: sum(map(is_stopped, children(running.process.pid))) == 1, running)
     other = next(pid for pid in children(running.process.pid) if not is_stopped(pid))
     os.kill(other, signal.SIGKILL)
     done = running.wait()

@@ -143,8 +143,13 @@ with Watchdog(run_dir, WatchdogConfig(floor_s=floor_s, grace_s=1)) as watch:
     for step in range(3):
         watch.at("data", step)
         watch.at("step", step)
-    watch.at("data", 3)
     beats = run_dir / "heartbeats"
+    # Just after a heartbeat, there is a second in which the watchdog writes nothing.
+    while not (beats / "0.json").exists():
+        time.sleep(0.01)
+    before = (beats / "0.json").read_text()
+    while (beats / "0.json").read_text() == before:
+        time.sleep(0.01)
     match fault:
         case "gone":
             shutil.rmtree(run_dir)
@@ -157,6 +162,7 @@ with Watchdog(run_dir, WatchdogConfig(floor_s=floor_s, grace_s=1)) as watch:
         case "hung":
             (beats / ".0").unlink(missing_ok=True)
             os.mkfifo(beats / ".0")
+    watch.at("data", 3)
     print("begun", flush=True)
     if fault == "asleep":
         for _ in range(60):
