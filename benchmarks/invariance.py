@@ -20,7 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 
+from llm_jax.distributed import order_collectives  # noqa: E402
 from tests.invariance import TOLERANCE, Difference, Setting, difference, matrix, one_device, outcome  # noqa: E402
+
+order_collectives(processes=1)
 
 HEAD = """# The invariance matrix
 

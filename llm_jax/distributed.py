@@ -73,6 +73,7 @@ def join_processes(heartbeat_s: int, patience_s: int) -> None:
     were told otherwise, NobodyCame where some do not come in time.
     """
     job = read_job(patience_s)
+    order_collectives(job.processes)
     if job.processes == 1:
         _restrict(job.devices)
     else:
@@ -81,22 +82,24 @@ def join_processes(heartbeat_s: int, patience_s: int) -> None:
         # A proxy knows no way to other machines of a cluster, and gRPC would ask one; it reads the name in lower case.
         os.environ["no_grpc_proxy"] = job.host  # noqa: SIM112
         jax.config.update("jax_check_proxy_envs", False)
-        _order_collectives()
         connect(job, heartbeat_s, patience_s)
         agree_on_number(job)
     if jax.process_count() != job.processes:
         raise CannotJoin(f"{jax.process_count()} of the {job.processes} processes that the launcher advertises joined")
 
 
-def _order_collectives() -> None:
+def order_collectives(processes: int) -> None:
     """Has XLA begin the collectives of a program for CPUs in the same order on every device.
 
-    Comes before the first program. With its scheduler for concurrency, processes of several devices on a mesh of two
-    axes wait for each other for ever, each device in another collective: 4 of 7 runs of 2 x 4 devices did within 150
-    steps (JAX 0.10), and none of 8 without it, which were as fast.
+    Comes before the first program. With its scheduler for concurrency, devices on a mesh of two axes wait for each
+    other for ever, each in another collective: 4 of 7 runs of 2 processes x 4 devices did within 150 steps (JAX 0.10),
+    and 3 of 6 of one process with 8 devices within 3 (JAX 0.12, which aborts after 40 s); none of 14 without it, which
+    were as fast. One device waits for nobody, and keeps the scheduler.
     """
     flag, flags = "--xla_cpu_enable_concurrency_optimized_scheduler", os.environ.get("XLA_FLAGS", "")
-    if (jax.config.values["jax_platforms"] or "").startswith("cpu") and flag not in flags:
+    emulated = jax.config.values["jax_num_cpu_devices"] > 1 or "xla_force_host_platform_device_count" in flags
+    on_cpus = (jax.config.values["jax_platforms"] or "").startswith("cpu")
+    if (emulated or (processes > 1 and on_cpus)) and flag not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {flag}=false".strip()
 
 

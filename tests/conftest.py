@@ -25,7 +25,12 @@ EMULATED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
-STRICT = {"JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_REMOVE_SIZE_ONE_MESH_AXIS_FROM_TYPE": "true"}
+STRICT = {
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    "JAX_REMOVE_SIZE_ONE_MESH_AXIS_FROM_TYPE": "true",
+    # Emulated devices may wait for each other for ever: llm_jax/distributed.py, which does it for the program.
+    "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+}
 
 # A job that a shell put into the background ignores Ctrl-C, and so would everything that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -247,6 +247,15 @@ def test_a_second_process_0_is_refused(start: Start) -> None:
     assert first.wait(90).returncode == last.wait(90).returncode == 0
 
 
+@pytest.mark.parametrize(("devices", "orders"), [(1, False), (2, True)])
+def test_emulated_devices_begin_collectives_in_one_order(start: Start, devices: int, orders: bool) -> None:
+    """What that prevents is held by test_collectives_of_two_axes_do_not_wait_for_each_other and this suite's flags."""
+    env = {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false"}
+    done = start("-c", JOIN + "import os; print(os.environ['XLA_FLAGS'])", "60", "60", devices=devices, env=env).wait()
+    added = " --xla_cpu_enable_concurrency_optimized_scheduler=false" if orders else ""
+    assert done.stdout.splitlines()[-1] == env["XLA_FLAGS"] + added, done
+
+
 @pytest.mark.slow
 def test_the_heartbeat_is_the_configs(start: Start) -> None:
     """A process that dies without a word ends the job after the seconds that were asked for, not JAX's 100."""
