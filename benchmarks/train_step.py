@@ -1,57 +1,39 @@
-"""Time of a training step, alone: python benchmarks/train_step.py --workload W1 --steps 24
+"""Time of a training step, alone: python benchmarks/train_step.py --workload W1 --steps 24 [path=value ...]
 
-The step is the one that `llm-jax train` compiles, on random tokens, AdamW included; one JSON line comes out.
+The step is the one that `llm-jax train` compiles, on random tokens, optimizer included; one JSON line comes out.
+path=value changes the workload's run, such as model.remat=full or train.batch_rows=8.
 """
 
 import argparse
 import json
+import resource
 import statistics
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 START = time.perf_counter()
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+from turns import About, serve, timed  # noqa: E402
+from workloads import WORKLOADS, random_rows  # noqa: E402
 
-from llm_jax.data.config import BOS_ID, SPECIAL_PIECES, DataConfig  # noqa: E402
+from llm_jax.config import ConfigError, override  # noqa: E402
 from llm_jax.mesh import acts, make_mesh  # noqa: E402
 from llm_jax.model.backends import resolve  # noqa: E402
-from llm_jax.model.config import ModelConfig  # noqa: E402
-from llm_jax.objective.config import CausalConfig  # noqa: E402
-from llm_jax.optim.config import AdamWConfig  # noqa: E402
 from llm_jax.run import Run, mesh_sizes  # noqa: E402
-from llm_jax.train.config import MeshConfig, TrainConfig  # noqa: E402
-from llm_jax.train.flops import CONVENTION, flops_per_token, mfu, peak_flops  # noqa: E402
+from llm_jax.train.flops import CONVENTION, flops_per_token, mfu, parameters, peak_flops  # noqa: E402
 from llm_jax.train.start import compile_programs  # noqa: E402
 from llm_jax.train.state import init_state  # noqa: E402
 
 
-def workload(layers: int, d: int, heads: int, ff: int, vocab: int, seq: int, batch: int) -> Run:
-    """A dense causal run in float32 with the peers' optimizer: nothing clipped, a constant learning rate."""
-    model = ModelConfig(
-        d_model=d, d_ff=ff, n_layers=layers, n_heads=heads, n_kv_heads=heads, d_head=d // heads, vocab_size=vocab
-    )
-    return Run(
-        model=model,
-        data=DataConfig(seq_len=seq),
-        objective=CausalConfig(),
-        optim=AdamWConfig(lr=3e-4, weight_decay=0.1, b1=0.9, b2=0.95, clip_norm=None, schedule="constant"),
-        train=TrainConfig(batch_rows=batch),
-        mesh=MeshConfig(),
-    )
-
-
-# Workloads of the CPU comparison; W1 and W2 have 4096 tokens a step.
-WORKLOADS = {
-    "W0": workload(2, 64, 2, 172, 512, 64, 4),
-    "W1": workload(4, 256, 4, 688, 8192, 256, 16),
-    "W2": workload(8, 512, 8, 1376, 16384, 512, 8),
-}
-
-
-def measure(name: str, steps: int) -> dict[str, object]:
-    """Compiles, makes two steps to warm up, times `steps` more; each is timed until its loss is on the host."""
-    run = WORKLOADS[name]
+def training(name: str, run: Run) -> tuple[About, Callable[[], float]]:
+    """What is to be said of a run on all devices of this process, and a step that returns its loss."""
     mesh = make_mesh(mesh_sizes(run.mesh, jax.device_count()))
     device = mesh.devices.flat[0]
     run = run.model_copy(update={"model": resolve(run.model, device.platform, mesh.shape["expert"])})
@@ -59,66 +41,86 @@ def measure(name: str, steps: int) -> dict[str, object]:
         # Which pieces begin a word matters to whole-word masking alone.
         word_starts_V = np.zeros((run.model.vocab_size, 2), bool)
         begun = time.perf_counter()
-        step = compile_programs(run, mesh, word_starts_V, report=lambda line: None).step
+        program = compile_programs(run, mesh, word_starts_V, report=lambda line: None).step
         compile_s = time.perf_counter() - begun
         state = jax.jit(lambda: init_state(run.model, run.optim, run.seed))()
         rows_ABU = jax.device_put(random_rows(run), jax.NamedSharding(mesh, acts("ABU")))
-        seconds, cpu_seconds, losses = [], [], []
-        first_step_s = None
-        for _ in range(2 + steps):
-            begun, cpu_begun = time.perf_counter(), time.process_time()
-            state, metrics = step(state, rows_ABU)
-            losses.append(float(metrics["loss"]))
-            seconds.append(time.perf_counter() - begun)
-            cpu_seconds.append(time.process_time() - cpu_begun)
-            first_step_s = first_step_s or time.perf_counter() - START
-    timed = sorted(seconds[2:])
-    median = statistics.median(timed)
-    tokens_per_s = run.tokens_per_step / median
-    flops = flops_per_token(run.model, run.data.seq_len, run.objective)
-    peak = peak_flops(device.device_kind, run.model.compute_dtype)
-    stats = device.memory_stats() or {}
-    return {
+
+    def step() -> float:
+        nonlocal state
+        with jax.set_mesh(mesh):
+            state, metrics = program(state, rows_ABU)
+        return float(metrics["loss"])
+
+    first_loss = step()
+    memory = program.memory_analysis()
+    about: About = {
         "workload": name,
-        "steps": steps,
-        "step_ms_median": round(1e3 * median, 2),
-        "step_ms_p90": round(1e3 * timed[int(0.9 * (len(timed) - 1))], 2),
-        "step_ms_best": round(1e3 * timed[0], 2),
-        "cpu_s_per_step": round(statistics.median(cpu_seconds[2:]), 3),
-        "tokens_per_s": round(tokens_per_s, 1),
-        "gflops_per_s_full": round(tokens_per_s * flops.full / 1e9, 1),
-        "gflops_per_s_visible": round(tokens_per_s * flops.visible / 1e9, 1),
-        "mfu": mfu(tokens_per_s, flops, peak, mesh.size),
-        "mfu_convention": CONVENTION,
-        "peak_flops": peak,
+        "of": "llm_jax",
+        "first_loss": first_loss,
         "compile_s": round(compile_s, 2),
-        "process_start_to_first_step_s": round(first_step_s or 0.0, 2),
-        "peak_memory_bytes": stats.get("peak_bytes_in_use"),
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
+        "process_start_to_first_step_s": round(time.perf_counter() - START, 2),
+        "parameters": parameters(run.model),
+        "tokens_per_step": run.tokens_per_step,
+        # What the program needs on each device, as its compiler says.
+        "program_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes if memory is not None else None,
         "attention": run.model.attention,
+        "grouped_matmul": run.model.moe.grouped_matmul if run.model.moe else None,
         "compute_dtype": run.model.compute_dtype,
         "device": device.device_kind,
         "n_devices": mesh.size,
         "jax": jax.__version__,
     }
+    return about, step
 
 
-def random_rows(run: Run) -> np.ndarray:
-    """One document a row, of uniformly drawn tokens: int32 [A, B, T + 1]."""
-    shape = (1, run.train.batch_rows, run.data.seq_len + 1)
-    rows_ABU = np.random.default_rng(0).integers(len(SPECIAL_PIECES), run.model.vocab_size, shape, dtype=np.int32)
-    rows_ABU[..., 0] = BOS_ID
-    return rows_ABU
+def speed(run: Run, seconds: list[float], n_devices: int, device_kind: str) -> About:
+    """Figures that follow from the seconds of steps."""
+    median = statistics.median(seconds)
+    tokens_per_s = run.tokens_per_step / median
+    flops = flops_per_token(run.model, run.data.seq_len, run.objective)
+    peak = peak_flops(device_kind, run.model.compute_dtype)
+    share = mfu(tokens_per_s, flops, peak, n_devices)
+    return {
+        "steps": len(seconds),
+        "step_ms_median": round(1e3 * median, 2),
+        "step_ms_p90": round(1e3 * sorted(seconds)[int(0.9 * (len(seconds) - 1))], 2),
+        "step_ms_best": round(1e3 * min(seconds), 2),
+        "tokens_per_s": round(tokens_per_s, 1),
+        "gflops_per_s": round(tokens_per_s * flops.full / 1e9, 1),
+        "gflops_per_s_visible": round(tokens_per_s * flops.visible / 1e9, 1),
+        "mfu": share,
+        "mfu_visible": None if share is None else share * flops.visible / flops.full,
+        "mfu_convention": CONVENTION,
+        "peak_flops": peak,
+    }
 
 
 def main() -> None:
     """Prints one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="path=value", help="change a field of the workload's run")
     parser.add_argument("--workload", choices=WORKLOADS, default="W1", help="which model and batch (default W1)")
     parser.add_argument("--steps", type=int, default=24, help="timed steps, after two to warm up (default 24)")
-    arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.workload, arguments.steps)))
+    parser.add_argument("--serve", action="store_true", help="take turns with others, as compare.py says")
+    arguments = parser.parse_intermixed_args()
+    try:
+        run = override(WORKLOADS[arguments.workload], arguments.overrides)
+    except ConfigError as error:
+        sys.exit(str(error))
+    about, step = training(arguments.workload, run)
+    about["overrides"] = arguments.overrides
+    if arguments.serve:
+        serve(about, step)
+        return
+    timed(step, 1)
+    turn = timed(step, arguments.steps)
+    measured = speed(run, turn.seconds, about["n_devices"], about["device"])
+    measured |= {"cpu_s_per_step": round(turn.cpu_each, 3), "others_cores": turn.others, "last_loss": step()}
+    stats = jax.devices()[0].memory_stats() or {}
+    measured["peak_device_bytes"] = stats.get("peak_bytes_in_use")
+    measured["peak_host_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(about | measured))
 
 
 if __name__ == "__main__":

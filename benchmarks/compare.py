@@ -1,0 +1,123 @@
+"""Training steps beside what people use instead, in turns: python benchmarks/compare.py --workload W1 --torch PYTHON
+
+Each peer trains a model of the workload's sizes in a process of its own; rounds go through all of them, one at a time,
+so that what disturbs the machine disturbs all. The reference is a hand-written torch model, eager (peers_torch.py).
+PYTHON is an interpreter that has torch and transformers: in an environment of Python 3.11,
+pip install torch==2.13.0 transformers==5.3.0. One JSON line for each peer, with how many times faster than the
+reference it was: medians over rounds, and the same over rounds in which the machine had nothing else to do.
+
+--ours may be given several times, with changes of the run after a name: --ours full:model.remat=full
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from turns import About, Turn, in_turns, ratios, spread, worker  # noqa: E402
+from workloads import WORKLOADS  # noqa: E402
+
+from llm_jax.objective.config import MlmConfig  # noqa: E402
+from llm_jax.run import Run  # noqa: E402
+from llm_jax.train.flops import flops_per_token  # noqa: E402
+
+REFERENCE = "plain"
+# A name of peers_torch.py, with -compile where torch.compile makes it faster; the reference comes first.
+PEERS = {
+    "causal": (REFERENCE, "plain-compile", "llama", "llama-compile"),
+    "mlm": (REFERENCE, "bert", "bert-compile", "modernbert", "modernbert-compile"),
+    "experts": (REFERENCE, "mixtral"),
+}
+
+
+def peers_of(run: Run) -> tuple[str, ...]:
+    """Those that train such a model."""
+    kind = "mlm" if isinstance(run.objective, MlmConfig) else "experts" if run.model.moe else "causal"
+    return PEERS[kind]
+
+
+def sizes(run: Run) -> dict[str, int | float | str | None]:
+    """What peers_torch.py has to know."""
+    model, moe = run.model, run.model.moe
+    return {
+        "layers": model.n_layers,
+        "d": model.d_model,
+        "heads": model.n_heads,
+        "ff": moe.d_ff if moe else model.d_ff,
+        "vocab": model.vocab_size,
+        "seq": run.data.seq_len,
+        "rows": run.train.batch_rows,
+        "masked": run.objective.rate if isinstance(run.objective, MlmConfig) else None,
+        "experts": moe.experts if moe else 0,
+        "dtype": model.compute_dtype,
+    }
+
+
+def told(about: About, turns: list[Turn], reference: list[Turn], run: Run) -> About:
+    """A peer's line."""
+    seconds = [each for turn in turns for each in turn.seconds]
+    flops = flops_per_token(run.model, run.data.seq_len, run.objective)
+    walls, cpus = ratios(reference, turns)
+    quiet, _ = ratios(reference, turns, quiet=True)
+    return about | {
+        "steps": len(seconds),
+        "step_ms": spread([1e3 * each for each in seconds], 1),
+        "tokens_per_s": round(run.tokens_per_step / statistics.median(seconds), 1),
+        "gflops_per_s_visible": round(run.tokens_per_step * flops.visible / statistics.median(seconds) / 1e9, 1),
+        "cpu_s_per_step": round(statistics.median(turn.cpu_each for turn in turns), 3),
+        "faster": spread(walls),
+        "faster_when_quiet": {**spread(quiet), "rounds": len(quiet)} if quiet else None,
+        "less_cpu": spread(cpus),
+        "others_cores": [None if turn.others is None else round(turn.others, 2) for turn in turns],
+    }
+
+
+def main() -> None:
+    """Prints a JSON line a peer."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=WORKLOADS, default="W1", help="which model and batch (default W1)")
+    parser.add_argument("--torch", metavar="PYTHON", help="an interpreter that has torch and transformers")
+    parser.add_argument("--peers", nargs="+", metavar="NAME", help="some of the peers; the reference always runs")
+    parser.add_argument("--ours", action="append", metavar="NAME[:path=value,...]", help="variants of our own run")
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each (default 8)")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a turn, after one that is not (default 3)")
+    arguments = parser.parse_args()
+    run = WORKLOADS[arguments.workload]
+    known = peers_of(run)
+    wanted = [name for name in known if name == REFERENCE or name in (arguments.peers or known)]
+    unknown = [name for name in arguments.peers or () if name not in known]
+    if unknown:
+        sys.exit(f"--peers {unknown[0]}: {arguments.workload} has {', '.join(known)}")
+    commands: dict[str, list[str]] = {}
+    if arguments.torch:
+        spec = json.dumps(sizes(run))
+        commands = {name: [arguments.torch, str(HERE / "peers_torch.py"), name, spec] for name in wanted}
+    for variant in arguments.ours or ["llm_jax"]:
+        name, _, changes = variant.partition(":")
+        ours = [sys.executable, str(HERE / "train_step.py"), "--serve", "--workload", arguments.workload]
+        commands[name] = [*ours, *filter(None, changes.split(","))]
+    with ExitStack() as stack, tempfile.TemporaryFile("w+") as log:
+        workers = {}
+        for name, command in commands.items():
+            print(f"{name} begins", file=sys.stderr, flush=True)
+            try:
+                workers[name] = stack.enter_context(worker(command, log.fileno()))
+            except SystemExit:
+                log.seek(0)
+                print(log.read()[-2000:], file=sys.stderr)
+                raise
+        turns = in_turns({name: take for name, (_, take) in workers.items()}, arguments.rounds, arguments.steps, skip=1)
+    reference = turns[next(iter(turns))]
+    for name, (about, _) in workers.items():
+        line = told(about, turns[name][: arguments.rounds], reference, run)
+        print(json.dumps({"peer": name, "workload": arguments.workload} | line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
