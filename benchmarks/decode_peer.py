@@ -1,15 +1,14 @@
 """The same decoding by transformers: run by decode.py with --peer, in an environment that has torch.
 
-A Llama of the same sizes with random weights, greedy, nothing ends a text early. Answers each line on stdin by
-[wall seconds, CPU seconds].
+A Llama of the same sizes with random weights, greedy, nothing ends a text early.
 """
 
 import json
 import sys
-import time
 
 import torch  # pyright: ignore[reportMissingImports]  it is in the peer's environment alone
 import transformers  # pyright: ignore[reportMissingImports]
+from turns import serve
 
 
 def main() -> None:
@@ -39,14 +38,14 @@ def main() -> None:
         "attention": model.config._attn_implementation,
         "threads": torch.get_num_threads(),
     }
-    print(json.dumps(about), flush=True)
-    for _ in sys.stdin:
-        begun, cpu_begun = time.perf_counter(), time.process_time()
+
+    def texts() -> None:
         with torch.inference_mode():
-            texts = model.generate(tokens, attention_mask=seen, max_new_tokens=spec["new"], do_sample=False)
-        seconds = time.perf_counter() - begun, time.process_time() - cpu_begun
-        assert texts.shape == (spec["rows"], spec["prompt"] + spec["new"]), texts.shape
-        print(json.dumps(seconds), flush=True)
+            made = model.generate(tokens, attention_mask=seen, max_new_tokens=spec["new"], do_sample=False)
+        assert made.shape == (spec["rows"], spec["prompt"] + spec["new"]), made.shape
+
+    texts()
+    serve(about, texts)
 
 
 if __name__ == "__main__":
