@@ -51,7 +51,7 @@ def measure(folder: Path, megabytes: int, rounds: int) -> About:
         begun = time.perf_counter()
         back = jax.block_until_ready(checkpoints.restore(step, abstract))
         restored.append(time.perf_counter() - begun)
-    assert all(jnp.array_equal(back[name], x) for name, x in tree.items())
+        assert all(jnp.array_equal(back[name], x) for name, x in tree.items())
     checkpoints.close()
     # The first round makes threads and folders.
     return {

@@ -8,6 +8,7 @@ JSON, as compare.py makes it. bfloat16 is autocast over float32 weights.
 import json
 import sys
 import time
+from typing import NamedTuple
 
 import torch  # pyright: ignore[reportMissingImports]  it is in the peer's environment alone
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
@@ -18,7 +19,20 @@ START = time.perf_counter()
 MASK, NOT_PREDICTED, SPECIAL = 4, -100, 5
 BATCHES = 8
 
-Sizes = dict[str, int | float | str | None]
+
+class Sizes(NamedTuple):
+    """As compare.py makes them."""
+
+    layers: int
+    d: int
+    heads: int
+    ff: int
+    vocab: int
+    seq: int
+    rows: int
+    masked: float | None
+    experts: int
+    dtype: str
 
 
 class Rotary(nn.Module):
@@ -41,10 +55,10 @@ class Attention(nn.Module):
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
-        self.heads, self.causal = s["heads"], s["masked"] is None
-        self.qkv = nn.Linear(s["d"], 3 * s["d"], bias=False)
-        self.out = nn.Linear(s["d"], s["d"], bias=False)
-        self.rotary = Rotary(s["seq"], s["d"] // s["heads"])
+        self.heads, self.causal = s.heads, s.masked is None
+        self.qkv = nn.Linear(s.d, 3 * s.d, bias=False)
+        self.out = nn.Linear(s.d, s.d, bias=False)
+        self.rotary = Rotary(s.seq, s.d // s.heads)
 
     def forward(self, x: Tensor) -> Tensor:
         """What each position brings together."""
@@ -59,8 +73,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
-        self.up = nn.Linear(s["d"], 2 * s["ff"], bias=False)
-        self.down = nn.Linear(s["ff"], s["d"], bias=False)
+        self.up = nn.Linear(s.d, 2 * s.ff, bias=False)
+        self.down = nn.Linear(s.ff, s.d, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The MLP of each position."""
@@ -73,8 +87,8 @@ class Experts(nn.Module):
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
-        self.router = nn.Linear(s["d"], s["experts"], bias=False)
-        self.experts = nn.ModuleList(SwiGLU(s) for _ in range(s["experts"]))
+        self.router = nn.Linear(s.d, s.experts, bias=False)
+        self.experts = nn.ModuleList(SwiGLU(s) for _ in range(s.experts))
 
     def forward(self, x: Tensor) -> Tensor:
         """Each position's two experts, weighted."""
@@ -93,9 +107,9 @@ class Layer(nn.Module):
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
-        self.before_attention, self.before_mlp = nn.RMSNorm(s["d"]), nn.RMSNorm(s["d"])
+        self.before_attention, self.before_mlp = nn.RMSNorm(s.d), nn.RMSNorm(s.d)
         self.attention = Attention(s)
-        self.mlp = Experts(s) if s["experts"] else SwiGLU(s)
+        self.mlp = Experts(s) if s.experts else SwiGLU(s)
 
     def forward(self, x: Tensor) -> Tensor:
         """The residual stream after this layer."""
@@ -108,10 +122,10 @@ class Plain(nn.Module):
 
     def __init__(self, s: Sizes) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(s["vocab"], s["d"])
-        self.layers = nn.ModuleList(Layer(s) for _ in range(s["layers"]))
-        self.norm = nn.RMSNorm(s["d"])
-        self.head = nn.Linear(s["d"], s["vocab"], bias=False)
+        self.embedding = nn.Embedding(s.vocab, s.d)
+        self.layers = nn.ModuleList(Layer(s) for _ in range(s.layers))
+        self.norm = nn.RMSNorm(s.d)
+        self.head = nn.Linear(s.d, s.vocab, bias=False)
         for part in self.modules():
             if isinstance(part, nn.Linear | nn.Embedding):
                 nn.init.normal_(part.weight, std=0.02)
@@ -142,30 +156,30 @@ def of_transformers(name: str, s: Sizes) -> nn.Module:
     import transformers  # pyright: ignore[reportMissingImports]
 
     shape = {
-        "vocab_size": s["vocab"],
-        "hidden_size": s["d"],
-        "num_hidden_layers": s["layers"],
-        "num_attention_heads": s["heads"],
-        "max_position_embeddings": s["seq"],
+        "vocab_size": s.vocab,
+        "hidden_size": s.d,
+        "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads,
+        "max_position_embeddings": s.seq,
         "attn_implementation": "sdpa",
         "tie_word_embeddings": False,
     }
-    decoder = {"intermediate_size": s["ff"], "num_key_value_heads": s["heads"], "use_cache": False}
+    decoder = {"intermediate_size": s.ff, "num_key_value_heads": s.heads, "use_cache": False}
     match name:
         case "llama":
             return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **decoder))
         case "mixtral":
             mixtral = transformers.MixtralConfig(
-                **shape, **decoder, num_local_experts=s["experts"], num_experts_per_tok=2, sliding_window=None
+                **shape, **decoder, num_local_experts=s.experts, num_experts_per_tok=2, sliding_window=None
             )
             return transformers.MixtralForCausalLM(mixtral)
         case "bert":
             no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-            bert = transformers.BertConfig(**shape, **no_dropout, intermediate_size=s["ff"] * 3 // 2)
+            bert = transformers.BertConfig(**shape, **no_dropout, intermediate_size=s.ff * 3 // 2)
             return transformers.BertForMaskedLM(bert)
         case "modernbert":
             special = {f"{which}_token_id": i for i, which in enumerate(("pad", "bos", "eos", "cls", "sep"))}
-            modernbert = transformers.ModernBertConfig(**shape, **special, intermediate_size=s["ff"])
+            modernbert = transformers.ModernBertConfig(**shape, **special, intermediate_size=s.ff)
             return transformers.ModernBertForMaskedLM(modernbert)
     raise SystemExit(f"no such peer: {name}")
 
@@ -175,19 +189,19 @@ def batches(s: Sizes, *, shifted: bool) -> list[tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(0)
     made = []
     for _ in range(BATCHES):
-        rows = torch.randint(SPECIAL, s["vocab"], (s["rows"], s["seq"] + 1), generator=draw)
-        if s["masked"] is None:
+        rows = torch.randint(SPECIAL, s.vocab, (s.rows, s.seq + 1), generator=draw)
+        if s.masked is None:
             made.append((rows[:, :-1], rows[:, 1:]) if shifted else (rows[:, :-1], rows[:, :-1]))
             continue
         tokens = rows[:, :-1]
-        hidden = torch.rand(tokens.shape, generator=draw) < s["masked"]
+        hidden = torch.rand(tokens.shape, generator=draw) < s.masked
         made.append((torch.where(hidden, MASK, tokens), torch.where(hidden, tokens, NOT_PREDICTED)))
     return made
 
 
 def main() -> None:
     """Says what it is, then answers until stdin ends."""
-    s: Sizes = json.loads(sys.argv[2])
+    s = Sizes(**json.loads(sys.argv[2]))
     name, _, mode = sys.argv[1].partition("-")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -203,7 +217,7 @@ def main() -> None:
         nonlocal count
         tokens, targets = data[count % len(data)]
         count += 1
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=s["dtype"] == "bfloat16"):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=s.dtype == "bfloat16"):
             loss = forward(tokens, targets)
         loss.backward()
         optimizer.step()

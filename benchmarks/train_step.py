@@ -53,6 +53,7 @@ def training(name: str, run: Run) -> tuple[About, Callable[[], float]]:
         return float(metrics["loss"])
 
     first_loss = step()
+    assert isinstance(program, jax.stages.Compiled)
     memory = program.memory_analysis()
     about: About = {
         "workload": name,

@@ -1,6 +1,7 @@
 """Attention backends give the numbers and gradients of the definition for all sights, lengths, heads and meshes."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,17 +11,25 @@ import numpy as np
 import pytest
 from jax import Array
 
+from llm_jax.config import ConfigError
 from llm_jax.mesh import acts
 from llm_jax.model import attention as module
+from llm_jax.model import kernels
 from llm_jax.model.attention import attention
 from llm_jax.model.backends import resolve
-from llm_jax.model.config import ModelConfig
+from llm_jax.model.config import LayerConfig, ModelConfig
 from llm_jax.model.sight import Places, Sight
 from tests.reference_attention import Inputs, inputs, reference, sees
 from tests.small import QUICKLY, mesh_of, put
 
 SHARDED = {"context": 2, "fsdp": 2, "tensor": 2}
-BACKENDS = pytest.mark.parametrize("backend", ["xla", "chunked"])
+BACKENDS = pytest.mark.parametrize("backend", ["xla", "chunked", "splash"])
+
+
+@pytest.fixture(autouse=True)
+def read_aloud(monkeypatch):
+    """A kernel for TPUs is interpreted here."""
+    monkeypatch.setattr(kernels, "INTERPRET", True)
 
 
 class Case(NamedTuple):
@@ -117,9 +126,15 @@ def test_the_references_gradients_are_its_outputs():
     assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(slope, rel=1e-6)
 
 
-@BACKENDS
-@pytest.mark.parametrize("name", CASES)
-def test_output_and_gradients_are_those_of_the_definition(name, backend):
+# Splash knows no global tokens.
+OF_SPLASH = [name for name, case in CASES.items() if not case.sight.global_tokens]
+
+
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [*itertools.product(["xla", "chunked"], CASES), *[("splash", name) for name in OF_SPLASH]],
+)
+def test_output_and_gradients_are_those_of_the_definition(backend, name):
     x, numbers = expected(CASES[name])
     assert difference(run(backend, CASES[name], x, {}), numbers) < 5e-6
 
@@ -130,6 +145,7 @@ def test_output_and_gradients_are_those_of_the_definition(name, backend):
     [
         *[("chunked", name) for name in CASES],
         *[pytest.param("xla", name, marks=[] if case.sinks else pytest.mark.slow) for name, case in CASES.items()],
+        *[pytest.param("splash", name, marks=[] if CASES[name].sinks else pytest.mark.slow) for name in OF_SPLASH],
     ],
 )
 def test_output_and_gradients_are_those_of_the_definition_where_sharded(backend, name):
@@ -155,6 +171,20 @@ def wrong_dependences(backend: str, case: Case) -> int:
 @pytest.mark.parametrize("name", CASES)
 def test_a_query_depends_on_exactly_the_keys_that_it_sees(name, backend):
     assert wrong_dependences(backend, CASES[name]) == 0
+
+
+@pytest.mark.parametrize("name", OF_SPLASH)
+def test_a_query_of_splash_depends_on_exactly_the_keys_that_it_sees(name):
+    assert wrong_dependences("splash", CASES[name]) == 0
+
+
+# 62 and 97 are filled up to 128, 265 to 384; of 192 each of two devices has 96, too few for it to compute them alone.
+@pytest.mark.parametrize(
+    ("length", "mesh"), [(62, {}), (97, {}), (265, {}), (192, {"context": 2}), (512, {"context": 2})]
+)
+def test_splash_is_right_at_every_length(length, mesh):
+    x, case = inputs(2, length, 4, 2, 8), Case(Sight(True), sinks=True)
+    assert difference(run("splash", case, x, mesh), reference(x, *case)) < 5e-6
 
 
 @BACKENDS
@@ -246,7 +276,7 @@ def test_scores_and_softmax_are_float32_in_bfloat16():
     here = Places(jnp.asarray(x.segments_BT), jnp.asarray(x.positions_BT))
     how: dict[str, Any] = {"sight": Sight(True), "soft_cap": 2.0, "sinks_H": jnp.asarray(x.sinks_H)}
     with jax.set_mesh(mesh_of()):
-        for backend in ("xla", "chunked"):
+        for backend in ("xla", "chunked", "splash"):
             o = jax.jit(
                 lambda q, k, v, backend=backend: attention(q, k, v, here, here, backend=backend, **how),
                 compiler_options=QUICKLY,
@@ -256,7 +286,10 @@ def test_scores_and_softmax_are_float32_in_bfloat16():
 
 
 def test_auto_is_settled_once_and_an_unsettled_backend_is_an_error():
-    assert [resolve(ModelConfig(), platform, 1).attention for platform in ("cpu", "gpu", "tpu")] == [
+    blocks = {"period": (LayerConfig(block=8),), "global_tokens": 2}
+    platforms = ("cpu", "gpu", "tpu")
+    assert [resolve(ModelConfig(), platform, 1).attention for platform in platforms] == ["chunked", "xla", "splash"]
+    assert [resolve(ModelConfig(**blocks), platform, 1).attention for platform in platforms] == [
         "chunked",
         "xla",
         "xla",
@@ -264,6 +297,21 @@ def test_auto_is_settled_once_and_an_unsettled_backend_is_an_error():
     assert resolve(ModelConfig(attention="xla"), "cpu", 1).attention == "xla"
     with pytest.raises(AssertionError, match="'auto' was not resolved"):
         run("auto", Case(Sight(True)), inputs(1, 8, 1, 1, 2), {})
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "why"),
+    [
+        ("cpu", {}, "is a kernel for TPUs, and this is a cpu"),
+        ("gpu", {}, "is a kernel for TPUs, and this is a gpu"),
+        ("tpu", {"period": (LayerConfig(block=8),), "global_tokens": 2}, "knows no model.global_tokens"),
+        ("tpu", {"d_head": 192}, "has no model.d_head = 192: up to 128, or a multiple of it"),
+    ],
+)
+def test_splash_is_refused_in_a_line_where_it_cannot_be(platform, changes, why):
+    with pytest.raises(ConfigError) as refused:
+        resolve(ModelConfig(attention="splash", **changes), platform, 1)
+    assert str(refused.value) == f"model.attention = splash {why}; there are xla and chunked"
 
 
 # Planted defects. The programs of the right code are forgotten before, and the wrong ones after.
@@ -347,6 +395,23 @@ def reach_too_short(monkeypatch):
     monkeypatch.setattr(module, "reach", lambda sight, S: (reach(sight, S)[0] - 1, reach(sight, S)[1]))
 
 
+def documents_ignored(monkeypatch):
+    """The kernel is told of one document a row."""
+    monkeypatch.setattr(kernels, "_documents", lambda places, sight, S: 0 * places.segments)
+
+
+def blocks_begin_with_the_row(monkeypatch):
+    """The kernel is told of blocks that documents do not begin anew."""
+    right = kernels._documents
+
+    def of_row(places, sight, S):
+        return right(
+            places._replace(positions=0 * places.positions + jnp.arange(places.positions.shape[1])[None]), sight, S
+        )
+
+    monkeypatch.setattr(kernels, "_documents", of_row)
+
+
 def sinks_get_no_gradient_of_other_rows(monkeypatch):
     """Every device keeps the gradient of its own queries."""
     shard_map = jax.shard_map
@@ -374,6 +439,8 @@ def sinks_get_no_gradient_of_other_rows(monkeypatch):
         (blocks_of_the_row, "blocks", "xla", {}),
         (segments_ignored_for_global_tokens, "blocks and global tokens", "xla", {}),
         (sinks_get_no_gradient_of_other_rows, "bidirectional", "chunked", {"fsdp": 2}),
+        (documents_ignored, "causal", "splash", {}),
+        (blocks_begin_with_the_row, "blocks", "splash", {}),
     ],
 )
 def test_planted_defect_is_seen(plant, name, backend, mesh, planted):

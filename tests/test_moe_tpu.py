@@ -8,30 +8,19 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 from jax import Array
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
-from llm_jax.alphabet import MESH_AXES
 from llm_jax.mesh import acts
 from llm_jax.model.config import LayerConfig, ModelConfig, MoeConfig
 from llm_jax.model.grouped_matmul import grouped_matmul
 from llm_jax.model.moe import Moe
 from llm_jax.model.paths import placed
 from llm_jax.model.weights import Balance
+from tests.chips import mesh_on
 
 pytestmark = pytest.mark.slow
 
 B, T, D = 8, 256, 256
-
-
-@pytest.fixture(autouse=True)
-def without_chips(monkeypatch) -> None:
-    """No metadata server is asked, and several test processes may compile at once."""
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
-    monkeypatch.setenv("TPU_WORKER_ID", "0")
-    monkeypatch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 def compiled_text(moe: MoeConfig, mesh: Mesh) -> str:
@@ -54,9 +43,7 @@ def compiled_text(moe: MoeConfig, mesh: Mesh) -> str:
 
 
 def test_ragged_all_to_all_compiles():
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-    placed_devices = mesh_utils.create_device_mesh((1, 2, 1, 1, 4), devices=devices)
-    mesh = Mesh(placed_devices, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+    mesh = mesh_on("v5e:2x4", fsdp=2, expert=4)
     moe = MoeConfig(d_ff=256, balance_rate=0.01, exchange="ragged_all_to_all", grouped_matmul="ragged")
     text = compiled_text(moe, mesh)
     # Tokens and gates there, results back; and each of them once more in the backward pass.
@@ -65,7 +52,7 @@ def test_ragged_all_to_all_compiles():
 
 def test_ragged_matmul_does_only_its_work():
     """On a v5p, forward and backward; libtpu 0.0.52 does E times the work on v4, v5e, v6e and tpu7x."""
-    device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
+    device = mesh_on("v5p:2x2x1", data=4).devices.flat[0]
     R, D, F, E = 4096, 256, 512, 8
 
     def both(x_RD: Array, weight_EDF: Array, sizes_E: Array, dy_RF: Array) -> Any:

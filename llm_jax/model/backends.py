@@ -1,5 +1,6 @@
 """What depends on the platform, settled once, at start, and printed: nothing falls back silently later on."""
 
+from llm_jax.config import ConfigError
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.moe import resolve_moe
 
@@ -10,12 +11,36 @@ def resolve(cfg: ModelConfig, platform: str, expert_axis: int) -> ModelConfig:
     Raises ConfigError, with the alternatives, for what the platform does not have.
     """
     on_cpu = platform == "cpu"
-    settled = {"attention": cfg.attention, "logit_chunk": cfg.logit_chunk or (2**21 if on_cpu else 2**28)}
-    if cfg.attention == "auto":
-        settled["attention"] = "chunked" if on_cpu else "xla"
+    settled: dict[str, object] = {
+        "attention": _attention(cfg, platform),
+        "logit_chunk": cfg.logit_chunk or (2**21 if on_cpu else 2**28),
+    }
     if cfg.moe is not None:
         settled["moe"] = resolve_moe(cfg.moe, platform, expert_axis)
     return cfg.model_copy(update=settled)
+
+
+def _attention(cfg: ModelConfig, platform: str) -> str:
+    """The backend. Raises ConfigError where splash is asked for and cannot be had."""
+    lacks = _splash_lacks(cfg, platform)
+    match cfg.attention:
+        case "auto":
+            return "chunked" if platform == "cpu" else "xla" if lacks else "splash"
+        case "splash" if lacks:
+            raise ConfigError(f"model.attention = splash {lacks}; there are xla and chunked")
+        case chosen:
+            return chosen
+
+
+def _splash_lacks(cfg: ModelConfig, platform: str) -> str:
+    """Why it cannot be splash; nothing where it can."""
+    if platform != "tpu":
+        return f"is a kernel for TPUs, and this is a {platform}"
+    if cfg.global_tokens:
+        return "knows no model.global_tokens"
+    if cfg.d_head > 128 and cfg.d_head % 128:
+        return f"has no model.d_head = {cfg.d_head}: up to 128, or a multiple of it"
+    return ""
 
 
 def told(cfg: ModelConfig) -> dict[str, str]:
