@@ -44,47 +44,48 @@ def splash(
     divided = T % (parts * LANES) == S % LANES == 0
     parts, t = (parts, "T") if divided else (1, "S")
     kernel = _kernel(_rounded(T), _rounded(S), H // K, sight, soft_cap, parts)
-
-    def local(
-        kernel: splash_kernel.SplashAttentionKernel,
-        q_BTHC: Array,
-        k_BSKC: Array,
-        v_BSKC: Array,
-        sinks_H: Array | None,
-        here_BT: Array,
-        there_BS: Array,
-    ) -> Array:
-        B, T, H, C = q_BTHC.shape
-        K = k_BSKC.shape[2]
-        q_BTHC, k_BSKC, v_BSKC = (_filled(x, 0) for x in (q_BTHC * (1 / math.sqrt(C)), k_BSKC, v_BSKC))
-        q_BKGTC = jnp.moveaxis(q_BTHC.reshape(B, -1, K, H // K, C), 1, 3)
-        k_BKSC, v_BKSC = jnp.moveaxis(k_BSKC, 2, 1), jnp.moveaxis(v_BSKC, 2, 1)
-        sinks_KG = None if sinks_H is None else sinks_H.astype(jnp.float32).reshape(K, H // K)
-
-        def row(q_KGTC: Array, k_KSC: Array, v_KSC: Array, here_T: Array, there_S: Array) -> Array:
-            documents = splash_kernel.SegmentIds(here_T, there_S)
-
-            def group(q_GTC: Array, k_SC: Array, v_SC: Array, sinks_G: Array | None) -> Array:
-                o_GTC = kernel(q_GTC, k_SC, v_SC, documents, sinks_G)
-                assert isinstance(o_GTC, Array)
-                return o_GTC
-
-            return jax.vmap(group)(q_KGTC, k_KSC, v_KSC, sinks_KG)
-
-        documents = _filled(here_BT, NOBODY), _filled(there_BS, NOBODY)
-        o_BKGTC = jax.vmap(row)(q_BKGTC, k_BKSC, v_BKSC, *documents)
-        return jnp.moveaxis(o_BKGTC, 3, 1).reshape(B, -1, H, C)[:, :T]
-
     # Which tiles a part of the queries sees is its own, unless all see all.
     of_part = acts("T") if divided and (sight.causal or sight.window is not None) else jax.P(None)
     tiles = kernel.manual_sharding_spec(jax.NamedSharding(mesh, jax.P(None, *of_part)))
     kernel = jax.tree.map(jax.reshard, kernel, tiles)
     q_BTHC, here_BT = jax.reshard((q_BTHC, _documents(here, sight, S)), (acts(f"B{t}HC"), acts(f"B{t}")))
     specs = (tiles, *(acts(letters) for letters in (f"B{t}HC", "BSKC", "BSKC", "H", f"B{t}", "BS")))
-    o_BTHC = jax.shard_map(local, in_specs=specs, out_specs=acts(f"B{t}HC"), check_vma=False)(
+    o_BTHC = jax.shard_map(_rows, in_specs=specs, out_specs=acts(f"B{t}HC"), check_vma=False)(
         kernel, q_BTHC, k_BSKC, v_BSKC, sinks_H, here_BT, _documents(there, sight, S)
     )
     return jax.reshard(o_BTHC, acts("BTHC"))
+
+
+def _rows(
+    kernel: splash_kernel.SplashAttentionKernel,
+    q_BTHC: Array,
+    k_BSKC: Array,
+    v_BSKC: Array,
+    sinks_H: Array | None,
+    here_BT: Array,
+    there_BS: Array,
+) -> Array:
+    """A device's rows, queries and heads, all of which the kernel takes one by one."""
+    B, T, H, C = q_BTHC.shape
+    K = k_BSKC.shape[2]
+    q_BTHC, k_BSKC, v_BSKC = (_filled(x, 0) for x in (q_BTHC * (1 / math.sqrt(C)), k_BSKC, v_BSKC))
+    q_BKGTC = jnp.moveaxis(q_BTHC.reshape(B, -1, K, H // K, C), 1, 3)
+    k_BKSC, v_BKSC = jnp.moveaxis(k_BSKC, 2, 1), jnp.moveaxis(v_BSKC, 2, 1)
+    sinks_KG = None if sinks_H is None else sinks_H.astype(jnp.float32).reshape(K, H // K)
+
+    def row(q_KGTC: Array, k_KSC: Array, v_KSC: Array, here_T: Array, there_S: Array) -> Array:
+        documents = splash_kernel.SegmentIds(here_T, there_S)
+
+        def group(q_GTC: Array, k_SC: Array, v_SC: Array, sinks_G: Array | None) -> Array:
+            o_GTC = kernel(q_GTC, k_SC, v_SC, documents, sinks_G)
+            assert isinstance(o_GTC, Array)
+            return o_GTC
+
+        return jax.vmap(group)(q_KGTC, k_KSC, v_KSC, sinks_KG)
+
+    documents = _filled(here_BT, NOBODY), _filled(there_BS, NOBODY)
+    o_BKGTC = jax.vmap(row)(q_BKGTC, k_BKSC, v_BKSC, *documents)
+    return jnp.moveaxis(o_BKGTC, 3, 1).reshape(B, -1, H, C)[:, :T]
 
 
 def _documents(places: Places, sight: Sight, S: int) -> Array:
