@@ -300,7 +300,9 @@ def test_permuting_rows_permutes_the_output(way):
     outcome, right = run(way, "expert 4 x fsdp 2", permuted), run(way, "expert 4 x fsdp 2", given)
     in_order = right._replace(
         y_BTD=right.y_BTD[order_B],
-        routing=right.routing._replace(experts_LBTX=right.routing.experts_LBTX[order_B]),
+        routing=right.routing._replace(
+            experts_LBTX=right.routing.experts_LBTX[order_B], gates_LBTX=right.routing.gates_LBTX[order_B]
+        ),
         gradients=right.gradients | {"x": right.gradients["x"][order_B]},
     )
     assert_right(outcome, in_order)
