@@ -19,6 +19,8 @@ from llm_jax.objective.config import CausalConfig
 # A page holds no more tokens than this, and no more numbers of attention than that: some fifteen megabytes.
 MOST_TOKENS = 256
 MOST_SHARES = 2**24
+# Far more than a token has: what comes later in a text, which may be a large file, is not even encoded.
+CHARACTERS = 64
 
 
 class PageError(exit_codes.Failure):
@@ -36,10 +38,10 @@ def inspect_checkpoint(
     on all processes. Needs the job's processes joined. Raises NotFinite and PageError.
     """
     with opened(run_dir, step, overrides) as (found, run, mesh):
-        ids = found.tokenizer.encode(text).tolist()
         room = most_tokens(run.model, run.data.seq_len) - 1
+        ids = found.tokenizer.encode(text[: CHARACTERS * room]).tolist()
         if len(ids) > room and jax.process_index() == 0:
-            print(f"the text has {len(ids)} tokens; the page shows the first {room}", file=sys.stderr)
+            print(f"the text is longer than a page; its first {room} tokens are shown", file=sys.stderr)
         shown = [found.tokenizer.bos_id, *ids[:room]]
         causal = isinstance(run.objective, CausalConfig)
         weights = restore_weights(found, run.model, mesh)
@@ -49,7 +51,7 @@ def inspect_checkpoint(
     if inside is None or jax.process_index() > 0:
         return
     path = out or Path(run_dir, "inspect.html")
-    subject = Subject(run.name, found.step, run.model, causal, found.tokenizer, shown, len(ids))
+    subject = Subject(run.name, found.step, run.model, causal, found.tokenizer, shown, len(ids) > room)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(render(subject, inside), encoding="utf-8")

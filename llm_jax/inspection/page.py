@@ -36,8 +36,8 @@ class Subject(NamedTuple):
     tokenizer: Tokenizer
     ids: Sequence[int]
     """Of the text, BOS first."""
-    of_tokens: int
-    """Tokens of the whole text, of which these are the first."""
+    cut: bool
+    """Whether these are only the first of the text."""
 
 
 def render(subject: Subject, inside: Inside) -> str:
@@ -85,8 +85,8 @@ def _header(subject: Subject, inside: Inside) -> Element:
         loss += ", each of them hidden alone"
     lead = f"{loss}; the first guess is right for {right:.0%}."
     state = f"After {subject.step} steps; everything is computed in float32."
-    if subject.of_tokens > n:
-        state += f" The text has {subject.of_tokens} tokens, of which the first {n} are shown."
+    if subject.cut:
+        state += f" The text is longer; its first {n} tokens are shown."
     return element(
         "header",
         None,
