@@ -66,7 +66,7 @@ def cfg_of(kind: str) -> ModelConfig:
 
 
 @functools.cache
-def weights_of(kind: str) -> Weights:
+def weights_of(kind: str) -> Any:
     """Drawn, all of them: what is zero or one would hide where it goes."""
     with jax.set_mesh(mesh_of()):
         parts = jax.jit(
