@@ -130,15 +130,16 @@ class Checkpoints:
         """What the caller of `save` said about checkpoint `step`. Raises CheckpointError if that cannot be read."""
         return self._record(step)["meta"]
 
-    def restore(self, step: int, abstract: Any) -> Any:
+    def restore(self, step: int, abstract: Any, *, verified: bool = False) -> Any:
         """The arrays of checkpoint `step` for a tree of ShapeDtypeStructs with shardings; nothing is cast or cut.
 
         Whole top-level entries of the saved tree may be left out, and are not read. Raises CheckpointError, with a line
-        for each difference, or if the checkpoint is not there or damaged.
+        for each difference, or if the checkpoint is not there or damaged. verified: another reader of the directory has
+        just called it intact.
         """
         self.wait()
         # Verifying reads every file: once is enough for a caller who has just asked for the newest intact one.
-        damage = "" if self._just_verified == step else self._damage(step)
+        damage = "" if verified or self._just_verified == step else self._damage(step)
         self._just_verified = None
         if damage:
             raise CheckpointError(f"checkpoint {self._folder(step)} cannot be used: {damage}")

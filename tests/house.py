@@ -14,7 +14,7 @@ Graph = Mapping[str, tuple[set[str], set[str]]]
 
 # The first pattern that fits a module says on which floor it is; imports go down, or stay where they are.
 FLOORS = (
-    (6, ("*.cli", "sweep.*", "plan.*", "launch.*", "convert.*", "report.*", "show_config")),
+    (6, ("*.cli", "sweep.*", "plan.*", "launch.*", "convert.*", "report.*", "inspection.*", "show_config")),
     (0, ("*.config", "alphabet", "exit_codes", "field_types", "config_errors", "command_line")),
     (0, ("mesh", "distributed", "early_signals", "batch", "processes", "manifest", "named_arrays", "durable")),
     (1, ("model.*", "optim.*", "data.*")),

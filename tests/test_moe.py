@@ -229,7 +229,8 @@ def loop(way: str) -> Any:
         balance = jnp.sum(decided.often_BE * mean_BE)
         z = jnp.sum(real_BT * jnp.square(jnp.log(jnp.sum(jnp.exp(logits_BTE), axis=-1))))
         entropy = -jnp.sum(real_BT[..., None] * shares_BTE * jnp.log(shares_BTE))
-        return jnp.sum(y_BTD * dy_BTD) + LOAD_BALANCE * balance + ROUTER_Z * z, (y_BTD, balance, z, entropy)
+        told = y_BTD, balance, z, entropy, moe.gate_scale * gates_BTX
+        return jnp.sum(y_BTD * dy_BTD) + LOAD_BALANCE * balance + ROUTER_Z * z, told
 
     with jax.set_mesh(mesh_of()):
         return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICKLY)
@@ -245,8 +246,8 @@ def expected(way: str, given: Inputs) -> Outcome:
     scores_BTE = np.asarray(score(jnp.asarray(given.x_BTD @ given.weights["router"]), moe))
     what = decided(scores_BTE, given, moe)
     arguments = (given.weights, given.x_BTD, given.dy_BTD, given.real_BT, what)
-    (dweights, dx_BTD), (y_BTD, balance, z, entropy) = jax.device_get(loop(way)(*arguments))
-    routing: Any = (what.load_E, balance, z, entropy, what.dropped, what.experts_BTX)
+    (dweights, dx_BTD), (y_BTD, balance, z, entropy, gates_BTX) = jax.device_get(loop(way)(*arguments))
+    routing: Any = (what.load_E, balance, z, entropy, what.dropped, what.experts_BTX, gates_BTX)
     return Outcome(y_BTD, Routing(*routing), dweights | {"x": dx_BTD})
 
 
@@ -260,6 +261,7 @@ def wrongness(outcome: Outcome, right: Outcome) -> float:
 def assert_right(outcome: Outcome, right: Outcome) -> None:
     np.testing.assert_array_equal(outcome.routing.experts_LBTX, right.routing.experts_LBTX)
     np.testing.assert_array_equal(outcome.routing.load_LE, right.routing.load_LE)
+    np.testing.assert_allclose(outcome.routing.gates_LBTX, right.routing.gates_LBTX, rtol=1e-6)
     assert outcome.routing.dropped == right.routing.dropped
     for name in ("load_balance", "router_z", "entropy"):
         np.testing.assert_allclose(getattr(outcome.routing, name), getattr(right.routing, name), rtol=2e-6)
@@ -298,7 +300,9 @@ def test_permuting_rows_permutes_the_output(way):
     outcome, right = run(way, "expert 4 x fsdp 2", permuted), run(way, "expert 4 x fsdp 2", given)
     in_order = right._replace(
         y_BTD=right.y_BTD[order_B],
-        routing=right.routing._replace(experts_LBTX=right.routing.experts_LBTX[order_B]),
+        routing=right.routing._replace(
+            experts_LBTX=right.routing.experts_LBTX[order_B], gates_LBTX=right.routing.gates_LBTX[order_B]
+        ),
         gradients=right.gradients | {"x": right.gradients["x"][order_B]},
     )
     assert_right(outcome, in_order)

@@ -40,7 +40,7 @@ FREE = ("eval", "mesh", "data.dir", "model.attention", "model.moe.exchange", "mo
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """An intact checkpoint, before any of its weights is read."""
+    """A checkpoint, before any of its weights is read."""
 
     directory: Path
     """The run directory."""
@@ -49,6 +49,8 @@ class Found:
     """As it was trained; its mesh and its attention backend are the trainer's."""
     tokenizer: Tokenizer
     data_fingerprint: str
+    verified: bool
+    """Whether every file of it was read already, so that restoring need not do so again."""
 
 
 def find(run_dir: str | Path, step: int | None = None) -> Found:
@@ -64,6 +66,7 @@ def find(run_dir: str | Path, step: int | None = None) -> Found:
         steps = checkpoints.steps()
         if not steps:
             raise Refused(f"{run_dir} has no checkpoint yet; llm-jax train saves one every checkpoint.every updates")
+        verified = step is None
         if step is None:
             step = checkpoints.newest_intact()
             if step is None:
@@ -72,7 +75,7 @@ def find(run_dir: str | Path, step: int | None = None) -> Found:
             raise Refused(f"{run_dir} has no checkpoint {step}; there are {', '.join(map(str, steps))}")
         meta = checkpoints.meta(step)
     run = run_of(meta, f"checkpoint {step} of {run_dir}")
-    return Found(directory, step, run, tokenizer_of(directory, meta), meta["data"])
+    return Found(directory, step, run, tokenizer_of(directory, meta), meta["data"], verified)
 
 
 def run_of(meta: dict[str, Any], whose: str) -> Run:
@@ -164,7 +167,7 @@ def restore_weights(found: Found, cfg: ModelConfig, mesh: Mesh) -> Weights:
     abstract = {"params": params, "balance": balance}
     wanted = placed(jax.eval_shape(to_tree, abstract), mesh)
     with closing(Checkpoints(found.directory / "checkpoints", read_only=True)) as checkpoints:
-        tree = checkpoints.restore(found.step, wanted)
+        tree = checkpoints.restore(found.step, wanted, verified=found.verified)
     restored = jax.jit(lambda tree: from_tree(tree, abstract))(tree)
     return restored["params"], restored["balance"]
 

@@ -79,13 +79,23 @@ def dense(
     q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, sinks_H: Array | None, visible_BTS: Array, soft_cap: float | None
 ) -> Array:
     """Attention where it is known who sees whom; sinks_H are divided as the heads are."""
+    return mixed(shares(q_BTHC, k_BSKC, sinks_H, visible_BTS, soft_cap), v_BSKC)
+
+
+def shares(q_BTHC: Array, k_BSKC: Array, sinks_H: Array | None, visible_BTS: Array, soft_cap: float | None) -> Array:
+    """Float32 shares_BKGTS of every key in what a query reads: 0 where it may not look, 1 in all but for the sink's."""
     scores_BKGTS = _masked(_scores(q_BTHC, k_BSKC, soft_cap), visible_BTS)
     if sinks_H is None:
-        shares_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
-    else:
-        normaliser_BKGT = jnp.logaddexp(jax.nn.logsumexp(scores_BKGTS, axis=-1), _grouped_sinks(sinks_H, k_BSKC))
-        shares_BKGTS = jnp.exp(scores_BKGTS - normaliser_BKGT[..., None])
-    return jnp.einsum("BKGTS,BSKC->BTKGC", shares_BKGTS.astype(v_BSKC.dtype), v_BSKC).reshape(q_BTHC.shape)
+        return jax.nn.softmax(scores_BKGTS, axis=-1)
+    normaliser_BKGT = jnp.logaddexp(jax.nn.logsumexp(scores_BKGTS, axis=-1), _grouped_sinks(sinks_H, k_BSKC))
+    return jnp.exp(scores_BKGTS - normaliser_BKGT[..., None])
+
+
+def mixed(shares_BKGTS: Array, v_BSKC: Array) -> Array:
+    """Attention's output o_BTHC: each query's share of every value."""
+    o_BTKGC = jnp.einsum("BKGTS,BSKC->BTKGC", shares_BKGTS.astype(v_BSKC.dtype), v_BSKC)
+    B, T, K, G, C = o_BTKGC.shape
+    return o_BTKGC.reshape(B, T, K * G, C)
 
 
 def _chunked(

@@ -35,7 +35,9 @@ class Routing(NamedTuple):
     dropped: Array
     """Choices that found their expert full, an int32 sum over layers."""
     experts_LBTX: Array
-    """The chosen experts, int32, best first; for tests, and removed by XLA where nobody looks."""
+    """The chosen experts, int32, best first; for who looks inside, and removed by XLA where nobody does."""
+    gates_LBTX: Array
+    """Their gates, float32, without a gradient; as experts_LBTX."""
 
 
 def resolve_moe(moe: MoeConfig, platform: str, expert_axis: int) -> MoeConfig:
@@ -91,7 +93,7 @@ class Moe(nnx.Module):
         y_BTD, dropped = apply_experts(x_BTD, choices, real_BT, weights, cfg)
         if cfg.moe.shared_d_ff > 0:
             y_BTD += self.shared(x_BTD, cfg)
-        return y_BTD, routing(logits_BTE, scores_BTE, choices.experts_BTX, real_BT, dropped)
+        return y_BTD, routing(logits_BTE, scores_BTE, choices, real_BT, dropped)
 
 
 def router_logits(x_BTD: Array, router: Weight) -> Array:
@@ -116,8 +118,9 @@ def choose(scores_BTE: Array, bias_E: Array | None, moe: MoeConfig) -> Choices:
     return Choices(experts_BTX, gates_BTX * moe.gate_scale)
 
 
-def routing(logits_BTE: Array, scores_BTE: Array, experts_BTX: Array, real_BT: Array, dropped: Array) -> Routing:
+def routing(logits_BTE: Array, scores_BTE: Array, choices: Choices, real_BT: Array, dropped: Array) -> Routing:
     """What one router did. The load-balance loss is that of each row, its documents together (DeepSeek-V3, 2024)."""
+    experts_BTX, gates_BTX = choices
     X, E = experts_BTX.shape[2], scores_BTE.shape[2]
     real_BT1 = real_BT[:, :, None]
     chosen_BTE = jnp.any(_is_chosen(experts_BTX, E), axis=2) & real_BT1
@@ -135,6 +138,7 @@ def routing(logits_BTE: Array, scores_BTE: Array, experts_BTX: Array, real_BT: A
         entropy=jax.lax.stop_gradient(jnp.sum(jnp.where(real_BT, entropy_BT, 0))),
         dropped=dropped,
         experts_LBTX=experts_BTX,
+        gates_LBTX=jax.lax.stop_gradient(gates_BTX),
     )
 
 
