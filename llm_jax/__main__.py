@@ -20,6 +20,7 @@ VERBS = {
     "train": "train what a config describes, or go on with it where it stopped",
     "eval": "score a checkpoint on held-out text",
     "generate": "continue prompts with text from a checkpoint",
+    "fill-mask": "fill the [MASK]s of a text by a masked language model",
     "launch": "train on many machines: Slurm, Kubernetes, or a rehearsal on this one",
     "report": "one HTML page from run directories: curves, figures, configs",
 }
@@ -69,6 +70,10 @@ def run_verb(argv: Sequence[str]) -> int:
             from llm_jax.eval import cli as evaluation
 
             return evaluation.generate(rest)
+        case "fill-mask":
+            from llm_jax.eval import cli as evaluation
+
+            return evaluation.fill_mask(rest)
         case "launch":
             from llm_jax.launch import cli as launch
 

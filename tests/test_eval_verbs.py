@@ -42,7 +42,7 @@ from tests.small import mesh_of
 
 MODEL = ModelConfig(d_model=16, d_ff=32, n_layers=2, n_heads=8, n_kv_heads=4, d_head=4, vocab_size=320)
 NAMES = ("step", "loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes")
-REST = ("split", "stride", "suite", "tasks", "seen_long_lines")
+REST = ("split", "stride", "pseudo_perplexity", "suite", "tasks", "seen_long_lines")
 SHORT = Sampling(max_tokens=5, temperature=1.0, seed=0)
 
 
