@@ -1,18 +1,19 @@
 """`llm-jax eval` on a masked language model: fixed rows and masks, and no figure that would mean nothing."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
-import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from llm_jax.checkpoint import Checkpoints
-from llm_jax.config import ConfigError, tree
+from llm_jax.config import ConfigError
 from llm_jax.data.config import BOS_ID, SPECIAL_PIECES
 from llm_jax.data.loader import open_rows
 from llm_jax.data.prepare import prepare
@@ -31,7 +32,7 @@ from llm_jax.eval.requests import Pair
 from llm_jax.eval.restore import adapt, find, restore_weights
 from llm_jax.eval.tasks import masked_model
 from llm_jax.model.config import LayerConfig, ModelConfig, MoeConfig
-from llm_jax.objective.config import CausalConfig, MlmConfig
+from llm_jax.objective.config import MlmConfig
 from llm_jax.optim.config import AdamWConfig
 from llm_jax.run import Run
 from llm_jax.run_directory import Refused
@@ -61,20 +62,27 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(root / "run", run, prepared)
 
 
-def test_json_has_every_name_and_nulls_for_what_means_nothing(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    told = evaluate(made.run_dir)
-    assert json.loads(capsys.readouterr().out) == told
+@pytest.fixture(scope="module")
+def scored(made: Made) -> tuple[dict[str, Any], str]:
+    """The newest checkpoint's result on one device, and what was printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        return evaluate(made.run_dir, "mesh.data=1"), out.getvalue()
+
+
+def test_json_has_every_name_and_nulls_for_what_means_nothing(made: Made, scored: tuple[dict[str, Any], str]) -> None:
+    told, out = scored
+    assert json.loads(out) == told
     assert {name for name, value in told.items() if value is None} == set(NOTHING)
     rows_NU = open_rows(made.prepared, "test")[np.arange(10_000)]
     free_N = (rows_NU[:, :-1] >= len(SPECIAL_PIECES)).sum(axis=1)
     assert told["tokens"] == sum((6 * int(n) + 10) // 20 for n in free_N) > 500
     assert told["bytes"] >= told["tokens"] and told["perplexity"] == pytest.approx(math.exp(told["loss"]))
-    earlier = evaluate(made.run_dir, step=10)
+    earlier = evaluate(made.run_dir, "mesh.data=1", step=10)
     assert earlier["bytes"] == told["bytes"] and earlier["loss"] != told["loss"], "the same masks for every checkpoint"
 
 
-def test_neither_mesh_nor_batch_matters(made: Made) -> None:
-    expected = evaluate(made.run_dir)
+def test_neither_mesh_nor_batch_matters(made: Made, scored: tuple[dict[str, Any], str]) -> None:
+    expected, _ = scored
     result = evaluate(made.run_dir, "mesh.context=2", "mesh.tensor=2", "mesh.fsdp=2", "eval.batch_rows=5")
     assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert result["accuracy"] == pytest.approx(expected["accuracy"], abs=2 / expected["tokens"])
@@ -84,7 +92,7 @@ def test_neither_mesh_nor_batch_matters(made: Made) -> None:
 
 
 def test_the_table_and_the_filled_row(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
-    result = evaluate(made.run_dir, as_json=False)
+    result = evaluate(made.run_dir, "mesh.data=1", as_json=False)
     out = capsys.readouterr().out
     record = json.loads((made.run_dir / "eval.jsonl").read_text().splitlines()[-1])
     pseudo = result["pseudo_perplexity"]
@@ -133,7 +141,8 @@ def test_tasks_are_scored_by_pseudo_log_likelihoods(made: Made, tmp_path: Path) 
     with pytest.raises(Refused, match=r"^generation: generation needs a causal language model"):
         evaluate_checkpoint(str(made.run_dir), None, [], split="test", as_json=True, tasks=[refused])
     (tmp_path / "generation.yaml").unlink()
-    result = evaluate_checkpoint(str(made.run_dir), None, [], split="test", as_json=True, tasks=[str(tmp_path)])
+    one = ["mesh.data=1"]
+    result = evaluate_checkpoint(str(made.run_dir), None, one, split="test", as_json=True, tasks=[str(tmp_path)])
     assert result is not None
     told = result["tasks"]
     assert set(told) == set(kinds) - {"generation"}
@@ -209,19 +218,6 @@ def test_fill_mask_is_for_people_too_and_refuses_in_one_line(made: Made, capsys:
             fill_mask(str(made.run_dir), None, ["mesh.data=1"], FillAsked(texts))
     fill_mask(str(made.run_dir), None, ["mesh.data=1"], FillAsked(["a[MASK]"]), stop=lambda: True)
     assert capsys.readouterr().out == ""
-
-
-def test_a_causal_model_fills_no_masks(made: Made, tmp_path: Path) -> None:
-    run_dir = Path(shutil.copytree(made.run_dir, tmp_path / "causal"))
-    reader = Checkpoints(made.run_dir / "checkpoints", read_only=True)
-    meta = reader.meta(20)
-    reader.close()
-    run = made.run.model_copy(update={"objective": CausalConfig()})
-    with jax.set_mesh(mesh_of()):
-        state = jax.jit(lambda: init_state(MODEL, AdamWConfig(), 0))()
-        save(run_dir, 30, state, meta | {"run": tree(run)})
-    with pytest.raises(Refused, match=r"causal is a causal language model, which fills no masks; llm-jax generate \S+"):
-        fill_mask(str(run_dir), None, [], FillAsked(["a[MASK]"]))
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ def _evaluate(argv: Sequence[str]) -> int:
         "eval",
         "Scores a checkpoint on held-out text: loss, perplexity, bits per byte (every byte scored once) and\n"
         "next-token accuracy, beside zlib -9 and lzma on the same bytes; held-out Python against the same with one\n"
-        "wrong edit; and tasks of your own. Adds a line to RUN_DIR/eval.jsonl. docs/evaluation.md tells of it all.",
+        "wrong edit; and tasks of your own. Of a masked model: loss and accuracy under masks that stay the same, and\n"
+        "pseudo-log-likelihoods for the rest. Adds a line to RUN_DIR/eval.jsonl; docs/evaluation.md tells of it all.",
         "  llm-jax eval runs/quickstart\n"
         "  llm-jax eval runs/quickstart --step 500 --json\n"
         "  llm-jax eval runs/quickstart --tasks my_tasks/ --tasks other.yaml\n"

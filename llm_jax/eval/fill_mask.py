@@ -84,12 +84,13 @@ def question_of(tokenizer: Tokenizer, text: str, seq_len: int) -> Question:
     As pieces bring the space in front of them, one space before a mask is part of what is asked for; those that indent
     a line are not.
     """
-    head, *rest = text.split(MASK)
-    if not rest:
+    parts = text.split(MASK)
+    if len(parts) == 1:
         raise ConfigError(f"--text {text!r}: has no {MASK}")
-    parts = [head, *rest]
-    asked_for = [part.endswith(" ") and not part[:-1].endswith((" ", "\n")) and part != " " for part in parts[:-1]]
-    parts = [part[: len(part) - space] for part, space in zip(parts, [*asked_for, False], strict=True)]
+    for n, part in enumerate(parts[:-1]):
+        before = part[-2:-1] or ("" if n == 0 else MASK)
+        if part.endswith(" ") and before not in ("", " ", "\n"):
+            parts[n] = part[:-1]
     ids = [tokenizer.bos_id, *tokenizer.encode(parts[0]).tolist()]
     places = []
     for part in parts[1:]:
