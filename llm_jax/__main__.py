@@ -21,6 +21,7 @@ VERBS = {
     "eval": "score a checkpoint on held-out text",
     "generate": "continue prompts with text from a checkpoint",
     "inspect": "show what a checkpoint makes of a text: losses, attention, logit lens, experts",
+    "fill-mask": "fill the [MASK]s of a text by a masked language model",
     "launch": "train on many machines: Slurm, Kubernetes, or a rehearsal on this one",
     "report": "one HTML page from run directories: curves, figures, configs",
 }
@@ -74,6 +75,10 @@ def run_verb(argv: Sequence[str]) -> int:
             from llm_jax.inspection import cli as inspection
 
             return inspection.main(rest)
+        case "fill-mask":
+            from llm_jax.eval import cli as evaluation
+
+            return evaluation.fill_mask(rest)
         case "launch":
             from llm_jax.launch import cli as launch
 

@@ -21,7 +21,7 @@ import pytest
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import ConfigError, tree
 from llm_jax.data import tokenizer as tokenizers
-from llm_jax.data.config import BOS_ID, DataConfig, TokenizerConfig
+from llm_jax.data.config import BOS_ID, MASK_ID, DataConfig, TokenizerConfig
 from llm_jax.data.errors import DataError
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.perplexity import NotFinite
@@ -246,11 +246,13 @@ class Askers:
     def ask(self, program, params=None):
         from llm_jax.eval.lm_harness import Checkpoint
         from llm_jax.eval.served import served
+        from llm_jax.eval.tasks import likelihoods_of
 
         params = weights_for(self.made.table) if params is None else params
         with jax.set_mesh(self.mesh):
             weights = (put_weights(params, CFG, self.mesh), {})
-            model = self.model_of(CFG, weights, self.made.tokenizer, self.score, 64, 8, lambda: False)
+            likelihoods = likelihoods_of(self.score, weights, 64, 8, lambda: False)
+            model = self.model_of(CFG, weights, self.made.tokenizer, likelihoods, 64, 8, lambda: False)
             return served(model, lambda asker: program(Checkpoint(asker, self.made.tokenizer)))
 
 
@@ -320,30 +322,66 @@ def test_what_a_task_says_of_text_is_taken_at_its_word(offline):
 
 @pytest.mark.slow
 def test_tasks_that_there_are_not_are_told_in_a_line(made: Made, offline, tmp_path):
-    from llm_jax.eval.lm_harness import evaluate_with_lm_eval, load_tasks
+    from llm_jax.eval.lm_harness import load_tasks
 
     with pytest.raises(
         ConfigError, match=r"^--lm-eval helaswag: lm-eval \S+ has no such task; did you mean hellaswag\?"
     ):
-        load_tasks(["helaswag"])
+        load_tasks(["helaswag"], causal=True)
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such file$"):
-        load_tasks([str(tmp_path / "nowhere.yaml")])
+        load_tasks([str(tmp_path / "nowhere.yaml")], causal=True)
     (tmp_path / "list.yaml").write_text("- a\n")
     (tmp_path / "nameless.yaml").write_text("output_type: multiple_choice\n")
     (tmp_path / "unsafe.yaml").write_text((made.tasks / "written.yaml").read_text() + "unsafe_code: true\n")
     (tmp_path / "written.jsonl").write_text((made.tasks / "written.jsonl").read_text())
     with pytest.raises(DataError, match=r"list\.yaml: Expected YAML dict"):
-        load_tasks([str(tmp_path / "list.yaml")])
+        load_tasks([str(tmp_path / "list.yaml")], causal=True)
     with pytest.raises(DataError, match=r"nameless\.yaml: names neither a task nor a group$"):
-        load_tasks([str(tmp_path / "nameless.yaml")])
+        load_tasks([str(tmp_path / "nameless.yaml")], causal=True)
     with pytest.raises(
         ConfigError, match=r"unsafe\.yaml: runs code that the model wrote, which llm-jax eval does not$"
     ):
-        load_tasks([str(tmp_path / "unsafe.yaml")])
-    masked = Run(name="masked", run_dir=str(tmp_path / "run"), model=CFG, objective=MlmConfig())
+        load_tasks([str(tmp_path / "unsafe.yaml")], causal=True)
+
+
+@pytest.mark.slow
+def test_a_masked_model_answers_with_pseudo_log_likelihoods_and_writes_nothing(made: Made, offline, tmp_path):
+    """Of the bigram model, each token of which sees the one it stands at: with that hidden, what a mask is followed by.
+
+    So nats are those of the table's row of the mask, whatever stands around.
+    """
+    from llm_jax.eval.lm_harness import evaluate_with_lm_eval
+
+    masked = Run(
+        name="masked",
+        run_dir=str(tmp_path / "run"),
+        model=CFG,
+        data=DataConfig(seq_len=64),
+        objective=MlmConfig(),
+    )
     save(tmp_path / "run", masked, made.tokenizer, weights_for(made.table))
-    with pytest.raises(Refused, match="is a masked language model, which continues no text"):
+    with pytest.raises(Refused, match=r"written\.yaml: written has text generated; a masked language model"):
         evaluate_with_lm_eval(str(tmp_path / "run"), None, [], made.paths)
+    assert not (tmp_path / "run" / "eval.jsonl").exists()
+    answered = [path for path in made.paths if "written" not in path]
+    result = evaluate_with_lm_eval(str(tmp_path / "run"), None, [], answered, as_json=True)
+    assert result is not None
+    told = result["lm_eval"]["tasks"]
+    nats_V = log_softmax(made.table)[MASK_ID]
+
+    def nats(text: str) -> float:
+        return float(sum(nats_V[i] for i in made.tokenizer.encode(text)))
+
+    right = []
+    for document in CHOICES:
+        moved = " " * document["question"].endswith(" ")
+        best = int(np.argmax([nats(moved + choice) for choice in document["choices"]]))
+        right.append(best == document["answer"])
+    assert told["choice"]["acc"] == pytest.approx(np.mean(right))
+    bits = -sum(nats(document["text"]) for document in ROLLED) / math.log(2)
+    assert told["rolled"]["bits_per_byte"] == pytest.approx(
+        bits / sum(len(document["text"].encode()) for document in ROLLED), rel=1e-5
+    )
 
 
 @pytest.mark.slow

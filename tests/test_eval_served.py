@@ -14,7 +14,8 @@ from llm_jax.eval.perplexity import NotFinite
 from llm_jax.eval.requests import pair_of
 from llm_jax.eval.sampling import Sampling
 from llm_jax.eval.scorer import make_score
-from llm_jax.eval.served import Asker, Model, served
+from llm_jax.eval.served import Asker, Model, first_alone, served
+from llm_jax.eval.tasks import likelihoods_of
 from llm_jax.exit_codes import Failure
 from tests.bigram import config_of, drawn_table, log_softmax, weights_for
 from tests.conftest import LaunchProcesses
@@ -38,7 +39,8 @@ def asked(tokenizer, program, *, params=None, stop=lambda: False, batch_rows=8, 
     mesh = mesh_of(**sizes)
     with jax.set_mesh(mesh):
         weights = (put_weights(weights_for(drawn_table(300)) if params is None else params, CFG, mesh), {})
-        return served(Model(CFG, weights, tokenizer, make_score(CFG), 64, batch_rows, stop), program)
+        likelihoods = likelihoods_of(make_score(CFG), weights, 64, batch_rows, stop)
+        return served(Model(CFG, weights, tokenizer, likelihoods, 64, batch_rows, stop), program)
 
 
 def chain(start: int, n: int) -> list[int]:
@@ -119,6 +121,16 @@ def test_what_the_program_raises_is_raised(tokenizer):
         asked(tokenizer, fails)
 
 
+def test_what_process_0_makes_alone_is_its_own():
+    assert first_alone(lambda: 3) == 3
+    with pytest.raises(Foreseen, match="the task is broken"):
+        first_alone(broken)
+
+
+def broken():
+    raise Foreseen("the task is broken")
+
+
 PROGRAM = """
 import json, os
 import tests.conftest
@@ -128,7 +140,7 @@ join_processes(100, 100)
 import tests.test_eval_served as here
 from llm_jax.eval import served
 served.PART = 100  # so that every question comes in parts
-for name in ("everything", "failing", "not_finite", "stopping", "everything"):
+for name in ("everything", "failing", "not_finite", "stopping", "alone", "everything"):
     try:
         print("said", json.dumps(getattr(here, name)()))
     except Exception as error:
@@ -156,6 +168,12 @@ def stopping():
     return asked(tokenizer_of(), fails, stop=lambda: True, fsdp=2, data=2)
 
 
+def alone():
+    with pytest.raises(Failure, match="the task is broken") as caught:
+        first_alone(broken)
+    return caught.value.exit_code, first_alone(lambda: 3)
+
+
 @pytest.mark.slow
 def test_two_processes_answer_as_one_and_go_on_together_whatever_happens(launch_processes: LaunchProcesses, tokenizer):
     first, second = (
@@ -163,9 +181,9 @@ def test_two_processes_answer_as_one_and_go_on_together_whatever_happens(launch_
         for done in launch_processes(2, 2, ["-c", PROGRAM])
     )
     broken = "1 of 1 requests have a score that is not a number: the weights are broken"
-    assert first[1:4] == ["Foreseen 65: the task is broken", f"NotFinite 70: {broken}", None]
-    assert second == [None, "Failure 65: the task is broken", f"NotFinite 70: {broken}", None, None]
+    assert first[1:5] == ["Foreseen 65: the task is broken", f"NotFinite 70: {broken}", None, [65, 3]]
+    assert second == [None, "Failure 65: the task is broken", f"NotFinite 70: {broken}", None, [65, None], None]
     likelihoods, *texts = first[0]
     ours, *our_texts = asked(tokenizer, all_kinds(tokenizer))
-    assert texts == our_texts and first[4] == first[0]
+    assert texts == our_texts and first[5] == first[0]
     assert [nats for nats, _, _ in likelihoods] == pytest.approx([answer.log_likelihood for answer in ours])

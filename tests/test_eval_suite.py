@@ -17,7 +17,7 @@ from llm_jax.data import tokenizer as tokenizers
 from llm_jax.data.config import BOS_ID, TokenizerConfig
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval import suite as suite_module
-from llm_jax.eval.requests import Likelihood
+from llm_jax.eval.requests import Likelihood, Pair
 from llm_jax.eval.suite import Corruption, Suite, fewer_tokens_wins, make_suite, score_suite
 from llm_jax.eval.suite_edits import (
     KINDS,
@@ -42,6 +42,7 @@ UNPARSABLE = [name for name, kind in KINDS.items() if kind.unparsable]
 def few_pairs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite_module, "PAIRS", 30)
+        patch.setattr(suite_module, "MASKED_PAIRS", 30)
         yield
 
 
@@ -249,6 +250,25 @@ def test_figures_stand_beside_an_untrained_model_and_what_length_alone_says(suit
         assert figures["n"] == len(suite.pairs[name])
     assert told["all"]["n"] == sum(map(len, suite.pairs.values()))
     assert score_suite(suite, perfect, lambda pairs: None, causal=True) is None
+
+
+def test_a_masked_model_is_asked_for_the_edited_line_and_the_next_given_those_before(suite, texts, tokenizer):
+    asked: list[Pair] = []
+
+    def told(pairs):
+        asked.extend(pairs)
+        return [Likelihood(0.0, False, 1) for _ in pairs]
+
+    assert score_suite(suite, told, told, causal=False) is not None
+    every = [pair for pairs in suite.pairs.values() for pair in pairs]
+    assert len(asked) == 4 * len(every)
+    for pair, good, bad in zip(every, asked[0::2], asked[1::2], strict=False):
+        assert good.context == bad.context and tokenizer.decode(good.context).endswith("\n")
+        assert [*good.context, *good.continuation] == pair.good and [*bad.context, *bad.continuation] == pair.bad
+        assert 1 <= tokenizer.decode(good.continuation).count("\n") <= 2
+    made = make_suite(texts, tokenizer, SEQ_LEN, 0, masked=True)
+    assert made is not None
+    assert max(len(ids) for pairs in made.pairs.values() for pair in pairs for ids in (pair.good, pair.bad)) <= SEQ_LEN
 
 
 def test_the_untrained_model_is_the_one_that_training_began_with():

@@ -17,10 +17,11 @@ from llm_jax.data.config import BOS_ID
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.bootstrap import error, estimate, mean, ratio
 from llm_jax.eval.perplexity import NotFinite
+from llm_jax.eval.pseudo import Inside
 from llm_jax.eval.requests import Likelihood, Pair
 from llm_jax.eval.scorer import make_score
 from llm_jax.eval.task_files import read_tasks
-from llm_jax.eval.task_scores import Inside, Model, check, score_task
+from llm_jax.eval.task_scores import Model, check, score_task
 from llm_jax.eval.tasks import likelihoods_of, score_tasks
 from llm_jax.guards import never
 from llm_jax.run_directory import Refused

@@ -23,6 +23,8 @@ from llm_jax.eval import cli as cli_module
 from llm_jax.eval.beam import Searching
 from llm_jax.eval.config import EvalConfig
 from llm_jax.eval.evaluation import ResultError, evaluate_checkpoint
+from llm_jax.eval.fill_mask import Asked as FillAsked
+from llm_jax.eval.fill_mask import fill_mask
 from llm_jax.eval.generation import Asked, generate_text
 from llm_jax.eval.requests import Pair, log_likelihoods
 from llm_jax.eval.restore import adapt, default_mesh, find, restore_weights
@@ -42,7 +44,7 @@ from tests.small import mesh_of
 
 MODEL = ModelConfig(d_model=16, d_ff=32, n_layers=2, n_heads=8, n_kv_heads=4, d_head=4, vocab_size=320)
 NAMES = ("step", "loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes")
-REST = ("split", "stride", "suite", "tasks", "seen_long_lines")
+REST = ("split", "stride", "pseudo_perplexity", "suite", "tasks", "seen_long_lines")
 SHORT = Sampling(max_tokens=5, temperature=1.0, seed=0)
 
 
@@ -472,6 +474,11 @@ def test_generation_stops_between_chunks(made, capsys):
     for asked in (Asked(["ab"], SHORT), Asked(["ab", "c"], SHORT), Asked(["ab"], Searching(2, 0.6, 40))):
         generate_text(str(made.run_dir), None, ["mesh.data=1"], asked, stop=lambda: True)
         assert len(capsys.readouterr().out) < 30
+
+
+def test_a_causal_model_fills_no_masks(made):
+    with pytest.raises(Refused, match=r"is a causal language model, which fills no masks; llm-jax generate \S+ cont"):
+        fill_mask(str(made.run_dir), None, [], FillAsked(["a[MASK]"]))
 
 
 def test_prompts_are_read_from_files(tmp_path):

@@ -1,4 +1,4 @@
-"""`llm-jax eval` and `llm-jax generate`: their arguments, read before what takes seconds to import."""
+"""`llm-jax eval`, `generate` and `fill-mask`: their arguments, read before what takes seconds to import."""
 
 import argparse
 import functools
@@ -24,7 +24,8 @@ def _evaluate(argv: Sequence[str]) -> int:
         "eval",
         "Scores a checkpoint on held-out text: loss, perplexity, bits per byte (every byte scored once) and\n"
         "next-token accuracy, beside zlib -9 and lzma on the same bytes; held-out Python against the same with one\n"
-        "wrong edit; and tasks of your own. Adds a line to RUN_DIR/eval.jsonl. docs/evaluation.md tells of it all.",
+        "wrong edit; and tasks of your own. Of a masked model: loss and accuracy under masks that stay the same, and\n"
+        "pseudo-log-likelihoods for the rest. Adds a line to RUN_DIR/eval.jsonl; docs/evaluation.md tells of it all.",
         "  llm-jax eval runs/quickstart\n"
         "  llm-jax eval runs/quickstart --step 500 --json\n"
         "  llm-jax eval runs/quickstart --tasks my_tasks/ --tasks other.yaml\n"
@@ -111,6 +112,49 @@ def _generate(argv: Sequence[str]) -> int:
     return until_stopped(lambda stop: generate_text(*where, request, stop))
 
 
+def fill_mask(argv: Sequence[str]) -> int:
+    """The verb `fill-mask`; returns its exit code. Raises Failure for what is foreseen."""
+    with leaving_at_once():
+        return _fill_mask(argv)
+
+
+def _fill_mask(argv: Sequence[str]) -> int:
+    parser = Parser(
+        "fill-mask",
+        "Tells which pieces a masked language model finds likeliest at each [MASK] of a text, with probabilities, and\n"
+        "the text filled with the first ones. A mask is one piece of the tokenizer. Several masks are each filled for\n"
+        "themselves, the others being hidden too: the first ones need not fit each other. A space before a mask is\n"
+        "part of what is asked for, since pieces bring their space; spaces that indent a line are not.",
+        '  llm-jax fill-mask runs/tiny_mlm --text "def [MASK](self):"\n'
+        '  llm-jax fill-mask runs/tiny_mlm --text "for [MASK] in [MASK](10):" --top 3\n'
+        "  llm-jax fill-mask runs/tiny_mlm --texts texts.txt --json > filled.jsonl",
+    )
+    _add_run_directory(parser)
+    parser.add_argument("--text", action="append", help="a text with [MASK] in it; may be given several times")
+    parser.add_argument(
+        "--texts",
+        metavar="FILE",
+        help='a text in each line that is not empty, or a "text" in each of a .jsonl file; - is standard input',
+    )
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="pieces told for each mask (5)")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each text")
+    arguments = parser.read(argv)
+    if bool(arguments.text) == bool(arguments.texts):
+        raise ConfigError("--text and --texts: give one of the two")
+    if arguments.top < 1:
+        raise ConfigError(f"--top {arguments.top}: must be at least 1")
+    texts = arguments.text or read_prompts(arguments.texts, "text")
+    for text in texts:
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise ConfigError(f"--text {text!a}: is not UTF-8")
+    from llm_jax.eval.evaluation import until_stopped
+    from llm_jax.eval.fill_mask import Asked, fill_mask
+
+    request = Asked(texts, arguments.top, arguments.json, arguments.texts == "-")
+    where = (arguments.run_dir, arguments.step, arguments.overrides)
+    return until_stopped(lambda stop: fill_mask(*where, request, stop))
+
+
 # Options that say how a token is drawn; a search draws none.
 DRAWING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 
@@ -177,26 +221,28 @@ def _check_generate(arguments: argparse.Namespace, asked: Mapping[str, float]) -
             raise ConfigError(f"--samples {arguments.samples}: --beams {arguments.beams} finds no more than that many")
 
 
-def read_prompts(path: str) -> list[str]:
+def read_prompts(path: str, what: str = "prompt") -> list[str]:
     """The prompts of a file: a line each, or "prompt" in each line of a .jsonl file; of standard input for -.
 
-    Raises ConfigError where it cannot be read or has none.
+    what: "prompt", or what else is read so; the option is its plural. Raises ConfigError where it cannot be read or has
+    none.
     """
+    option = f"--{what}s {path}"
     try:
         text = sys.stdin.buffer.read().decode() if path == "-" else Path(path).read_bytes().decode()
     except OSError as error:
-        raise ConfigError(f"--prompts {path}: {error.strerror}") from None
+        raise ConfigError(f"{option}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts {path}: is not UTF-8 at byte {error.start}") from None
+        raise ConfigError(f"{option}: is not UTF-8 at byte {error.start}") from None
     lines = [(n, line.removesuffix("\r")) for n, line in enumerate(text.split("\n"), start=1)]
     lines = [(n, line) for n, line in lines if line]
     prompts = (
-        [_prompt_of(line, f"--prompts {path}, line {n}") for n, line in lines]
+        [_prompt_of(line, f"{option}, line {n}", what) for n, line in lines]
         if path.endswith(".jsonl")
         else [line for _, line in lines]
     )
     if not prompts:
-        raise ConfigError(f"--prompts {path}: there is no prompt in it")
+        raise ConfigError(f"{option}: there is no {what} in it")
     return prompts
 
 
@@ -207,14 +253,14 @@ def _unescaped(stop: str) -> str:
         raise ConfigError(f"--stop {stop!r}: is no escape that Python knows; a backslash is \\\\") from None
 
 
-def _prompt_of(line: str, whose: str) -> str:
+def _prompt_of(line: str, whose: str, what: str) -> str:
     try:
         record = json.loads(line)
     except ValueError:
         raise ConfigError(f"{whose}: is not JSON") from None
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise ConfigError(f'{whose}: has no "prompt" that is text')
-    return record["prompt"]
+    if not isinstance(record, dict) or not isinstance(record.get(what), str):
+        raise ConfigError(f'{whose}: has no "{what}" that is text')
+    return record[what]
 
 
 def _add_run_directory(parser: Parser) -> None:

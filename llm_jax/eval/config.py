@@ -18,6 +18,8 @@ class EvalConfig(Config):
     """Rows of one forward pass of an evaluation."""
     stride: Annotated[int, Ge(1)] | None = None
     """Tokens by which `llm-jax eval`'s windows move on; null is half of data.seq_len. A masked model has no windows."""
+    pseudo_tokens: Annotated[int, Ge(1)] = 2000
+    """Held-out tokens, drawn from the run's seed, of a masked model's pseudo-perplexity: a forward each, twice."""
 
     def check(self, seq_len: int) -> None:
         """Raises ConfigError where windows would leave tokens out."""

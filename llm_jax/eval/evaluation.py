@@ -23,6 +23,7 @@ from llm_jax.eval.figures import figures
 from llm_jax.eval.fill import fill_first_row, in_brackets
 from llm_jax.eval.generate import make_decoder, prompt_of, streams
 from llm_jax.eval.perplexity import compressed, held_out_of, score_held_out, score_rows
+from llm_jax.eval.pseudo import drawn_places, make_masked_score, masked_scores, pseudo_perplexity
 from llm_jax.eval.restore import Found, adapt, find, for_decoding, mesh_of, restore_weights, row_parts
 from llm_jax.eval.rows import make_ask, make_row_sums
 from llm_jax.eval.sampling import Sampling
@@ -30,8 +31,8 @@ from llm_jax.eval.scorer import make_score
 from llm_jax.eval.suite import make_suite
 from llm_jax.eval.task_files import Read, read_tasks
 from llm_jax.eval.task_scores import check
-from llm_jax.eval.task_table import suite_table, task_table
-from llm_jax.eval.tasks import causal_model, score_tasks, suite_of_causal
+from llm_jax.eval.task_table import plus_minus, suite_table, task_table
+from llm_jax.eval.tasks import causal_model, masked_model, score_tasks, suite_of_causal, suite_of_masked
 from llm_jax.guards import AFTER_BATCH, Guards, Stop, never
 from llm_jax.mesh import keep_compiled, told_slices
 from llm_jax.model.backends import told
@@ -102,9 +103,8 @@ def evaluate_checkpoint(
                 check(reads, causal=True)
                 scored = score_text(found, run, mesh, prepared, split, reads, stop)
             case MlmConfig():
-                if reads:
-                    raise Refused(f"--tasks scores causal language models, and {run_dir} is a masked one")
-                scored = score_masked(found, run, mesh, prepared, split, stop)
+                check(reads, causal=False)
+                scored = score_masked(found, run, mesh, prepared, split, reads, stop)
         if scored is None:
             return None
         scores, sample = scored
@@ -151,13 +151,13 @@ def score_text(
     if sample is None:
         return None
     told = {**figures(sums), **compressed(held_out), "split": split, "stride": stride}
-    return {**told, "suite": kinds, "tasks": tasks}, sample
+    return {**told, "pseudo_perplexity": None, "suite": kinds, "tasks": tasks}, sample
 
 
 def score_masked(
-    found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: str, stop: Stop
+    found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: str, reads: Sequence[Read], stop: Stop
 ) -> tuple[dict[str, Any], Sample] | None:
-    """Every row of the split once, with masks that are always the same; and the first row filled in.
+    """Every row of the split once, with masks that are always the same; what else there is to tell; a row filled in.
 
     The names are score_text's, null where a masked model has no such figure. None where it was stopped.
     """
@@ -170,10 +170,43 @@ def score_masked(
     sums = score_rows(row_sums, weights, len(rows), batch_rows, stop)
     if sums is None:
         return None
+    single = score_single_masks(
+        found.tokenizer, run, weights, list(documents(prepared, split)), batch_rows, reads, stop
+    )
+    if single is None:
+        return None
     nothing = dict.fromkeys(("zlib_bits_per_byte", "lzma_bits_per_byte"))
     filled = fill_first_row(run.model, weights, ask, rows, found.tokenizer)
     told = {**figures(sums, masked=True), **nothing, "split": split, "stride": None}
-    return {**told, "suite": None, "tasks": {}}, {"filled": filled}
+    return {**told, **single}, {"filled": filled}
+
+
+def score_single_masks(
+    tokenizer: Tokenizer,
+    run: Run,
+    weights: Weights,
+    texts: Sequence[tuple[str, str]],
+    batch_rows: int,
+    reads: Sequence[Read],
+    stop: Stop,
+) -> dict[str, Any] | None:
+    """A masked model's pseudo_perplexity, suite and tasks; texts: (name, text) each. None where it was stopped."""
+    score, words_V2 = make_masked_score(run.model), tokenizer.word_starts
+    seq_len = run.data.seq_len
+    drawn = drawn_places(held_out_of(texts, tokenizer), run.eval.pseudo_tokens, run.seed)
+    pseudo: dict[str, Any] = {"tokens": sum(len(text.places) for text in drawn)}
+    for name, words in (("original", None), ("within_word_l2r", words_V2)):
+        told = masked_scores(score, weights, drawn, words, seq_len=seq_len, batch_rows=batch_rows, stop=stop)
+        if told is None:
+            return None
+        pseudo[name] = pseudo_perplexity(told)
+    suite = make_suite(texts, tokenizer, seq_len, run.seed, masked=True)
+    kinds = suite_of_masked(suite, score, weights, run, words_V2, batch_rows, stop)
+    if kinds is None:
+        return None
+    model = masked_model(score, weights, run, tokenizer, batch_rows=batch_rows, stop=stop)
+    tasks = score_tasks(reads, model)
+    return None if tasks is None else {"pseudo_perplexity": pseudo, "suite": kinds, "tasks": tasks}
 
 
 def whole_batch(run: Run, mesh: Mesh) -> int:
@@ -182,15 +215,21 @@ def whole_batch(run: Run, mesh: Mesh) -> int:
 
 
 @contextmanager
-def opened(run_dir: str, step: int | None, overrides: Sequence[str], *, continues: bool = False) -> Iterator[Opened]:
+def opened(
+    run_dir: str, step: int | None, overrides: Sequence[str], *, continues: bool = False, fills: bool = False
+) -> Iterator[Opened]:
     """Finds the checkpoint, and sets the mesh for as long as it is open.
 
-    Raises Refused where it has to continue text and was not trained to.
+    Raises Refused where it has to continue text, or to fill masks, and was not trained to.
     """
     found = find(run_dir, step)
     if continues and not isinstance(found.run.objective, CausalConfig):
         raise Refused(
             f"{run_dir} is a masked language model, which continues no text; llm-jax eval {run_dir} scores it"
+        )
+    if fills and not isinstance(found.run.objective, MlmConfig):
+        raise Refused(
+            f"{run_dir} is a causal language model, which fills no masks; llm-jax generate {run_dir} continues text"
         )
     run, sizes = adapt(found.run, overrides, jax.device_count(), jax.default_backend())
     mesh = mesh_of(sizes, run.mesh.slices)
@@ -241,6 +280,8 @@ def show(name: str, result: Mapping[str, Any], text: Sample) -> None:
     table.add_row(f"loss (nats per {what})", as_text(result["loss"], ".4f"))
     table.add_row("perplexity", "overflow" if result["perplexity"] is None else f"{result['perplexity']:.4g}")
     table.add_row(f"{guessed} accuracy", as_text(result["accuracy"], ".1%"))
+    if masked:
+        add_pseudo_perplexity(table, result["pseudo_perplexity"])
     table.add_row(f"{what}s, each scored once", f"{result['tokens']:,}")
     table.add_row("bytes they stand for", f"{result['bytes']:,}")
     if not masked:
@@ -255,6 +296,14 @@ def show(name: str, result: Mapping[str, Any], text: Sample) -> None:
     else:
         print(f"\na sample, after the first {len(text['prompt'])} characters of a held-out document:\n")
         print(text["prompt"] + text["text"], flush=True)
+
+
+def add_pseudo_perplexity(table: Table, told: Mapping[str, Any]) -> None:
+    """Rows of a masked model's pseudo-perplexities, and of how many tokens they are."""
+    for name, of in (("original", ""), ("within_word_l2r", ", later tokens of the word hidden too")):
+        figure = told[name]
+        table.add_row(f"pseudo-perplexity{of}", "\N{EN DASH}" if figure is None else plus_minus(figure))
+    table.add_row("  of tokens drawn", f"{told['tokens']:,}")
 
 
 def show_tasks(result: Mapping[str, Any]) -> None:

@@ -8,8 +8,9 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -18,12 +19,17 @@ from llm_jax.data.errors import DataError
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.evaluation import append, as_text, now, opened, whole_batch
 from llm_jax.eval.generate import Prompt
+from llm_jax.eval.pseudo import make_masked_score
 from llm_jax.eval.requests import Pair, pair_of
-from llm_jax.eval.restore import restore_weights
+from llm_jax.eval.restore import Found, restore_weights
 from llm_jax.eval.sampling import Sampling
 from llm_jax.eval.scorer import make_score
-from llm_jax.eval.served import Asker, Model, served
+from llm_jax.eval.served import Asker, Model, first_alone, served
+from llm_jax.eval.tasks import likelihoods_of, pseudo_likelihoods_of
 from llm_jax.guards import Stop, never
+from llm_jax.objective.config import CausalConfig, MlmConfig
+from llm_jax.run import Run
+from llm_jax.run_directory import Refused
 
 try:
     import lm_eval  # pyright: ignore[reportMissingImports]  an extra, here and below
@@ -54,14 +60,15 @@ def evaluate_with_lm_eval(
     """Runs tasks, the harness's own by name and others by a YAML file's path, on at most `limit` documents of each.
 
     Prints the figures, adds them to the run's eval.jsonl, and returns them on process 0; None elsewhere, and where it
-    was stopped. Needs the job's processes joined.
-    Raises Refused for a masked model, ConfigError and DataError for tasks that cannot be loaded, and NotFinite.
+    was stopped. Of a masked model likelihoods are pseudo-log-likelihoods. Needs the job's processes joined.
+    Raises Refused for tasks that a masked model cannot do, ConfigError and DataError for those that cannot be loaded,
+    all before any weight is read; and NotFinite.
     """
-    with opened(run_dir, step, overrides, continues=True) as (found, run, mesh):
-        weights = restore_weights(found, run.model, mesh)
-        score = make_score(run.model)
-        model = Model(run.model, weights, found.tokenizer, score, run.data.seq_len, whole_batch(run, mesh), stop)
-        figures = served(model, lambda asker: harness_figures(asker, found.tokenizer, tasks, limit))
+    with opened(run_dir, step, overrides) as (found, run, mesh):
+        is_causal = isinstance(run.objective, CausalConfig)
+        loaded = first_alone(lambda: load_tasks(tasks, causal=is_causal))
+        model = served_model(found, run, mesh, stop)
+        figures = served(model, lambda asker: harness_figures(asker, found.tokenizer, loaded, limit))
     if figures is None:
         return None
     result = {"step": found.step, "lm_eval": {"version": lm_eval.__version__, "limit": limit, "tasks": figures}}
@@ -73,19 +80,31 @@ def evaluate_with_lm_eval(
     return result
 
 
+def served_model(found: Found, run: Run, mesh: Mesh, stop: Stop) -> Model:
+    """What answers the harness; its weights are read now."""
+    weights, seq_len, rows = restore_weights(found, run.model, mesh), run.data.seq_len, whole_batch(run, mesh)
+    match run.objective:
+        case CausalConfig():
+            likelihoods = likelihoods_of(make_score(run.model), weights, seq_len, rows, stop)
+        case MlmConfig():
+            score, words_V2 = make_masked_score(run.model), found.tokenizer.word_starts
+            likelihoods = pseudo_likelihoods_of(score, weights, words_V2, seq_len, rows, stop)
+    return Model(run.model, weights, found.tokenizer, likelihoods, seq_len, rows, stop)
+
+
 def harness_figures(
-    asker: Asker, tokenizer: Tokenizer, tasks: Sequence[str], limit: int | None
+    asker: Asker, tokenizer: Tokenizer, loaded: "Loaded | None", limit: int | None
 ) -> dict[str, dict[str, float | int | None]]:
     """The harness's figures of each task, as it names them: acc and acc_stderr, and samples; None for what is none."""
+    assert loaded is not None, "process 0 has loaded the tasks"
     # Its processes would be forks of one that holds devices.
     os.environ["DISABLE_MULTIPROC"] = "1"
     # It talks on stdout, where the result belongs.
     with contextlib.redirect_stdout(sys.stderr):
-        manager, loaded = load_tasks(tasks)
         results: Any = simple_evaluate(
             model=Checkpoint(asker, tokenizer),
-            tasks=loaded,
-            task_manager=manager,
+            tasks=loaded.tasks,
+            task_manager=loaded.manager,
             limit=limit,
             bootstrap_iters=BOOTSTRAPS,
             log_samples=False,
@@ -104,8 +123,23 @@ def _figures(figures: Mapping[str, Any]) -> dict[str, float | int | None]:
     return kept
 
 
-def load_tasks(specs: Sequence[str]) -> tuple[TaskManager, list[Any]]:
-    """The harness's tasks and groups by these names and paths. Raises ConfigError for what there is not, DataError."""
+class Loaded(NamedTuple):
+    """Tasks and groups, and what loaded them."""
+
+    manager: TaskManager
+    tasks: list[Any]
+
+
+def load_tasks(specs: Sequence[str], *, causal: bool) -> Loaded:
+    """The harness's tasks and groups by these names and paths.
+
+    Raises ConfigError for what there is not, DataError, and Refused for what such a model cannot do.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        return _load_tasks(specs, causal)
+
+
+def _load_tasks(specs: Sequence[str], causal: bool) -> Loaded:
     names = [spec for spec in specs if not spec.endswith((".yaml", ".yml"))]
     # Reading the harness's own 14,000 files takes ten seconds.
     manager = TaskManager(include_defaults=bool(names))
@@ -124,10 +158,15 @@ def load_tasks(specs: Sequence[str]) -> tuple[TaskManager, list[Any]]:
             raise DataError(f"--lm-eval {spec}: the task cannot be loaded: {said}") from error
         if any(getattr(one, "UNSAFE_CODE", False) for one in found["tasks"].values()):
             raise ConfigError(f"--lm-eval {spec}: runs code that the model wrote, which llm-jax eval does not")
+        for name, one in found["tasks"].items():
+            if not causal and getattr(one, "OUTPUT_TYPE", None) == "generate_until":
+                raise Refused(
+                    f"--lm-eval {spec}: {name} has text generated, and a masked language model continues none"
+                )
         groups = found.get("groups", {})
         group = task if isinstance(task, str) else task.get("group")
         loaded += [groups[group]] if group in groups else found["tasks"].values()
-    return manager, loaded
+    return Loaded(manager, loaded)
 
 
 def read_task(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import bisect
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -52,7 +52,7 @@ def log_likelihoods(
     totals = [0.0] * len(pairs)
     greedy = [True] * len(pairs)
     with job_progress("asking", sum(len(pair.continuation) for pair in pairs)) as advance:
-        for length, rows in sorted(_packed(asked, lengths(seq_len, context_parts)).items(), reverse=True):
+        for length, rows in sorted(packed(asked, lengths(seq_len, context_parts)).items(), reverse=True):
             for windows, batch in _batches(rows, length, batch_rows * (seq_len // length)):
                 if stop():
                     return None
@@ -101,6 +101,18 @@ def lengths(seq_len: int, context_parts: int = 1) -> tuple[int, ...]:
     return tuple(found)
 
 
+class Sized(Protocol):
+    """What takes so many places of a row."""
+
+    @property
+    def size(self) -> int:
+        """Places."""
+        ...
+
+
+S = TypeVar("S", bound=Sized)
+
+
 class _Asked(NamedTuple):
     """A window of a pair: its ids, and the place of the first of them that is asked for."""
 
@@ -123,19 +135,19 @@ def _windows(n: int, pair: Pair, seq_len: int) -> Iterator[_Asked]:
         yield _Asked(n, tokens[start:stop], first - start)
 
 
-def _packed(asked: Sequence[_Asked], lengths: Sequence[int]) -> dict[int, list[list[_Asked]]]:
+def packed(windows: Sequence[S], lengths: Sequence[int]) -> dict[int, list[list[S]]]:
     """Rows by their length, as the windows that they hold: the longest window first, each to where it fits best."""
-    rows: dict[int, list[list[_Asked]]] = {}
-    open_rows: dict[int, list[list[_Asked]]] = {}
+    rows: dict[int, list[list[S]]] = {}
+    open_rows: dict[int, list[list[S]]] = {}
     rooms: list[int] = []
 
-    def has_room(held: list[_Asked], room: int) -> None:
+    def has_room(held: list[S], room: int) -> None:
         if room not in open_rows:
             open_rows[room] = []
             bisect.insort(rooms, room)
         open_rows[room].append(held)
 
-    for window in sorted(asked, key=lambda window: -window.size):
+    for window in sorted(windows, key=lambda window: -window.size):
         at = bisect.bisect_left(rooms, window.size)
         if at < len(rooms):
             room = rooms[at]

@@ -11,10 +11,10 @@ from llm_jax.data.config import EOS_ID
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.generate import Prompt, make_decoder, streams
 from llm_jax.eval.perplexity import job_progress
-from llm_jax.eval.requests import Likelihood, Pair, log_likelihoods
+from llm_jax.eval.requests import Likelihood, Pair
 from llm_jax.eval.restore import for_decoding
 from llm_jax.eval.sampling import Sampling
-from llm_jax.eval.scorer import Score
+from llm_jax.eval.task_scores import Likelihoods
 from llm_jax.guards import Stop
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Weights
@@ -33,7 +33,7 @@ class Model(NamedTuple):
     cfg: ModelConfig
     weights: Weights
     tokenizer: Tokenizer
-    score: Score
+    likelihoods: Likelihoods
     seq_len: int
     batch_rows: int
     stop: Stop
@@ -43,7 +43,7 @@ class Asker(NamedTuple):
     """What a program may ask. Both answer in the order of what is asked, and raise NotFinite for what is no number."""
 
     likelihoods: Callable[[Sequence[Pair]], list[Likelihood]]
-    """requests.log_likelihoods."""
+    """The model's."""
     texts: Callable[[Sequence[Prompt], Sampling, Sequence[str]], list[str]]
     """The prompts' continuations, each up to its first stop string."""
 
@@ -53,6 +53,20 @@ class _Stopped(Exception):
 
 
 Result = TypeVar("Result")
+
+
+def first_alone(work: Callable[[], Result]) -> Result | None:
+    """What process 0 makes of it while the others wait, and get None. What it raises releases them, as in `served`."""
+    if jax.process_index() > 0:
+        _heard()
+        return None
+    try:
+        result = work()
+    except BaseException as error:
+        _fail(error)
+        raise
+    _tell("")
+    return result
 
 
 def served(model: Model, program: Callable[[Asker], Result]) -> Result | None:
@@ -139,9 +153,8 @@ def _answers(model: Model, request: Mapping[str, Any]) -> list[Any] | None:
 
 
 def _likelihoods(model: Model, pairs: Sequence[Pair]) -> list[Likelihood] | None:
-    return log_likelihoods(
-        model.score, model.weights, pairs, seq_len=model.seq_len, batch_rows=model.batch_rows, stop=model.stop
-    )
+    answers = model.likelihoods(pairs)
+    return None if answers is None else list(answers)
 
 
 def _texts(model: Model, prompts: Sequence[Prompt], sampling: Sampling, stops: Sequence[str]) -> list[str] | None:

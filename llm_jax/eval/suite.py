@@ -7,7 +7,7 @@ stands beside what an untrained model scores, and what "fewer tokens wins" does.
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,8 +18,8 @@ from llm_jax.eval.requests import Pair
 from llm_jax.eval.suite_edits import KINDS, Edit, Kind, Source, Unit, breaks, edited, read_source
 from llm_jax.eval.task_scores import Likelihoods, pair_scores
 
-# Pairs of a kind, and the fewest that are worth a figure.
-PAIRS = 100
+# Pairs of a kind; of a masked model's, to which every token is a forward of its own; the fewest worth a figure.
+PAIRS, MASKED_PAIRS = 100, 40
 FEWEST = 20
 # Tokens of the lines shown before the edited one, at most and at least.
 CONTEXT = 80
@@ -33,10 +33,11 @@ NO_SUITE: Mapping[str, Any] = {"kinds": {}, "all": None, "left_out": {}}
 
 
 class Corruption(NamedTuple):
-    """A piece of a held-out document, and the same with one edit: ids, BOS first."""
+    """A piece of a held-out document, and the same with one edit: ids, BOS first, `given` of them before the line."""
 
     document: str
     line: int
+    given: int
     good: Sequence[int]
     bad: Sequence[int]
 
@@ -65,11 +66,14 @@ class Candidate(NamedTuple):
     pair: Corruption
 
 
-def make_suite(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, seq_len: int, seed: int) -> Suite | None:
+def make_suite(
+    documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, seq_len: int, seed: int, *, masked: bool = False
+) -> Suite | None:
     """The suite of held-out documents, (name, text) each; the same whatever their order. None where none is Python.
 
-    Every text has at most seq_len + 1 ids.
+    Every text has at most seq_len + 1 ids; one for a masked model one fewer, and there are fewer of them.
     """
+    n_pairs, longest = (MASKED_PAIRS, seq_len - 1) if masked else (PAIRS, seq_len)
     read = [
         (name, source)
         for name, text in sorted(documents)
@@ -82,7 +86,7 @@ def make_suite(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, seq_l
     pairs: dict[str, Sequence[Corruption]] = {}
     left_out: dict[str, str] = {}
     for name, kind in KINDS.items():
-        found = _pairs_of(kind, texts, tokenizer, seq_len, random.Random(f"{seed} {name}"))
+        found = _pairs_of(kind, texts, tokenizer, longest, random.Random(f"{seed} {name}"), n_pairs)
         if len(found) < FEWEST:
             left_out[name] = f"only {len(found)} pairs in which length alone tells nothing"
         else:
@@ -91,9 +95,9 @@ def make_suite(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, seq_l
 
 
 def _pairs_of(
-    kind: Kind, texts: Sequence[Tokens], tokenizer: Tokenizer, seq_len: int, draw: random.Random
+    kind: Kind, texts: Sequence[Tokens], tokenizer: Tokenizer, seq_len: int, draw: random.Random, n_pairs: int
 ) -> list[Corruption]:
-    """At most PAIRS, of lines that differ from each other; in as many as not, the good text is the longer one."""
+    """At most n_pairs, of lines that differ from each other; in as many as not, the good text is the longer one."""
     places = [(text, unit) for text in texts for unit in text.source.units]
     candidates = [(text, unit, edit) for text, unit in places for edit in kind.candidates(text.source, unit)]
     draw.shuffle(candidates)
@@ -109,7 +113,7 @@ def _pairs_of(
         lines.add((text.name, edit.line))
         return True
 
-    for text, unit, edit in candidates[: TRIES * PAIRS]:
+    for text, unit, edit in candidates[: TRIES * n_pairs]:
         pair = _corruption(text, edit, tokenizer, seq_len)
         if pair is None:
             continue
@@ -118,10 +122,10 @@ def _pairs_of(
             unequal[len(pair.good) < len(pair.bad)].append(candidate)
         elif holds(candidate):
             found.append(pair)
-        if len(found) == PAIRS:
+        if len(found) == n_pairs:
             return found
     both = zip(filter(holds, unequal[False]), filter(holds, unequal[True]), strict=False)
-    for longer, shorter in itertools.islice(both, (PAIRS - len(found)) // 2):
+    for longer, shorter in itertools.islice(both, (n_pairs - len(found)) // 2):
         found += [longer.pair, shorter.pair]
     return found
 
@@ -143,7 +147,7 @@ def _corruption(text: Tokens, edit: Edit, tokenizer: Tokenizer, seq_len: int) ->
         return None
     before = [np.array([tokenizer.bos_id], np.int32), *text.ids[first:n]]
     good, bad = (np.concatenate([*before, line, after]).tolist() for line in (text.ids[n], bad))
-    return Corruption(text.name, n, good, bad)
+    return Corruption(text.name, n, shown + 1, good, bad)
 
 
 def _mentions(lines: Sequence[str], needs: str) -> bool:
@@ -158,9 +162,13 @@ def fewer_tokens_wins(pairs: Sequence[Corruption]) -> float:
 def score_suite(suite: Suite, trained: Likelihoods, untrained: Likelihoods, *, causal: bool) -> dict[str, Any] | None:
     """kinds, each with n, accuracy (see bootstrap), untrained and fewer_tokens_wins; all of them together; left_out.
 
-    None where it was stopped.
+    A masked model is asked for the edited line and the one after it, given those before. None where it was stopped.
     """
-    asked = [(Pair(*_parts(pair.good)), Pair(*_parts(pair.bad))) for pairs in suite.pairs.values() for pair in pairs]
+    asked = [
+        (_asked(pair.good, 1 if causal else pair.given), _asked(pair.bad, 1 if causal else pair.given))
+        for pairs in suite.pairs.values()
+        for pair in pairs
+    ]
     scores = [pair_scores(likelihoods, asked, causal=causal) for likelihoods in (trained, untrained)]
     if scores[0] is None or scores[1] is None:
         return None
@@ -186,6 +194,5 @@ def _told(pairs: Sequence[Corruption], trained_N: np.ndarray, untrained_N: np.nd
     }
 
 
-def _parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
-    yield ids[:1]
-    yield ids[1:]
+def _asked(ids: Sequence[int], given: int) -> Pair:
+    return Pair(ids[:given], ids[given:])

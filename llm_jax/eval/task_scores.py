@@ -10,6 +10,7 @@ import numpy as np
 
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.bootstrap import Estimate, estimate, mean, ratio
+from llm_jax.eval.pseudo import Inside
 from llm_jax.eval.requests import Likelihood, Pair, pair_of
 from llm_jax.eval.task_files import (
     BitsPerByte,
@@ -26,7 +27,7 @@ from llm_jax.eval.task_files import (
     Read,
     TextRecord,
 )
-from llm_jax.eval.windows import windows
+from llm_jax.eval.windows import Window, windows
 from llm_jax.run_directory import Refused
 
 # A task's figures: kind, n, metrics (name -> Estimate), and what stands beside some of them.
@@ -34,13 +35,6 @@ Figures = dict[str, Any]
 Likelihoods = Callable[[Sequence[Pair]], Sequence[Likelihood] | None]
 
 LAST_WORD = re.compile(r"\s+\S+$")
-
-
-class Inside(NamedTuple):
-    """Ids of a whole text, and the places among them that are asked for, each given all the others."""
-
-    ids: Sequence[int]
-    places: Sequence[int]
 
 
 class Model(NamedTuple):
@@ -136,12 +130,12 @@ def _whole(model: Model, text: str) -> Pair:
 
 
 def _bits_per_byte(records: Sequence[TextRecord], model: Model) -> Figures | None:
-    """Texts in windows, each a request that asks for what the ones before it have not."""
+    """Texts in parts, each a request that asks for what the ones before it have not."""
     texts = [[model.tokenizer.bos_id, *ids.tolist()] for ids in model.tokenizer.encode_many([r.text for r in records])]
     asked = [
         (n, Pair(ids[start:first], ids[first : stop + 1]))
         for n, ids in enumerate(texts)
-        for start, stop, first in windows(len(ids), model.seq_len, model.stride)
+        for start, stop, first in _parts(len(ids), model)
     ]
     told = model.likelihoods([pair for _, pair in asked])
     if told is None:
@@ -151,6 +145,13 @@ def _bits_per_byte(records: Sequence[TextRecord], model: Model) -> Figures | Non
         bits[n] -= answer.log_likelihood / math.log(2)
     name = "bits_per_byte" if model.causal else "pseudo_bits_per_byte"
     return {"metrics": {name: ratio(bits, [len(record.text.encode()) for record in records])}}
+
+
+def _parts(n_tokens: int, model: Model) -> Iterable[Window]:
+    """Windows; a masked model, for which every token is a window of its own, is asked about the text as a whole."""
+    if model.causal:
+        return windows(n_tokens, model.seq_len, model.stride)
+    return [Window(0, n_tokens - 1, 1)]
 
 
 def _choosing(
@@ -171,8 +172,7 @@ def _choosing(
     nats = iter(answer.log_likelihood for answer in told)
     by_record = [np.array([next(nats) for _ in record.choices]) for record in records]
     answers = [record.answer for record in records]
-    cut = sum(len(pair.context) + len(pair.continuation) > model.seq_len + 1 for pair in asked)
-    beside = {"chance": float(np.mean([1 / len(record.choices) for record in records])), "cut": cut}
+    beside = {"chance": float(np.mean([1 / len(record.choices) for record in records])), "cut": _cut(asked, model)}
     if isinstance(task, Calibration):
         return {"metrics": _calibration(by_record, answers, task.bins), **beside}
     by_bytes = [
@@ -228,8 +228,13 @@ def _cloze(records: Sequence[ClozeRecord], model: Model) -> Figures | None:
         "accuracy": mean([float(answer.greedy) for answer in told]),
         "log_likelihood": mean([answer.log_likelihood for answer in told]),
     }
-    cut = sum(len(pair.context) + len(pair.continuation) > model.seq_len + 1 for pair in asked)
-    return {"metrics": metrics, "cut": cut}
+    return {"metrics": metrics, "cut": _cut(asked, model)}
+
+
+def _cut(asked: Iterable[Pair], model: Model) -> int:
+    """Requests of which the model does not see all at once; a causal one is only asked for the last token."""
+    room = model.seq_len + model.causal
+    return sum(len(pair.context) + len(pair.continuation) > room for pair in asked)
 
 
 def _generation(task: Generation, read: Read, model: Model) -> Figures | None:

@@ -1,13 +1,15 @@
-"""A causal checkpoint before tasks and the default suite."""
+"""A checkpoint before tasks and the default suite."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.generate import continued, make_decoder, prompt_of
+from llm_jax.eval.pseudo import Inside, MaskedScore, masked_scores, pseudo_log_likelihoods
 from llm_jax.eval.requests import Likelihood, Pair, log_likelihoods
 from llm_jax.eval.restore import for_decoding
 from llm_jax.eval.sampling import Sampling
@@ -47,6 +49,19 @@ def suite_of_causal(
     return score_suite(suite, *both, causal=True)
 
 
+def suite_of_masked(
+    suite: Suite | None, score: MaskedScore, weights: Weights, run: Run, words_V2: np.ndarray, rows: int, stop: Stop
+) -> dict[str, Any] | None:
+    """The same of a masked model; words_V2: Tokenizer.word_starts, rows: as in masked_scores."""
+    if suite is None:
+        return dict(NO_SUITE)
+    both = [
+        pseudo_likelihoods_of(score, each, words_V2, run.data.seq_len, rows, stop)
+        for each in (weights, untrained(run.model, run.seed))
+    ]
+    return score_suite(suite, *both, causal=False)
+
+
 def untrained(cfg: ModelConfig, seed: int) -> Weights:
     """The weights that training with this seed begins with, on the set mesh."""
 
@@ -66,6 +81,33 @@ def causal_model(
     likelihoods = likelihoods_of(score, weights, seq_len, batch_rows, stop)
     go_on = _continued(weights, run, tokenizer, batch_rows, stop)
     return Model(tokenizer, seq_len, stride, causal=True, likelihoods=likelihoods, continued=go_on)
+
+
+def masked_model(
+    score: MaskedScore, weights: Weights, run: Run, tokenizer: Tokenizer, *, batch_rows: int, stop: Stop
+) -> Model:
+    """What tasks ask of a masked model: likelihoods are within-word left-to-right, `inside` is the original."""
+    seq_len = run.data.seq_len
+    likelihoods = pseudo_likelihoods_of(score, weights, tokenizer.word_starts, seq_len, batch_rows, stop)
+
+    def inside(asked: Sequence[Inside]) -> list[float] | None:
+        told = masked_scores(score, weights, asked, None, seq_len=seq_len, batch_rows=batch_rows, stop=stop)
+        return None if told is None else [-float(text.nll_N.sum(dtype=np.float64)) for text in told]
+
+    return Model(tokenizer, seq_len, seq_len, causal=False, likelihoods=likelihoods, inside=inside)
+
+
+def pseudo_likelihoods_of(
+    score: MaskedScore, weights: Weights, words_V2: np.ndarray, seq_len: int, batch_rows: int, stop: Stop
+) -> Likelihoods:
+    """The function from pairs to pseudo-log-likelihoods, within-word left-to-right; words_V2: Tokenizer.word_starts."""
+
+    def likelihoods(pairs: Sequence[Pair]) -> list[Likelihood] | None:
+        return pseudo_log_likelihoods(
+            score, weights, pairs, words_V2, seq_len=seq_len, batch_rows=batch_rows, stop=stop
+        )
+
+    return likelihoods
 
 
 def likelihoods_of(score: Score, weights: Weights, seq_len: int, batch_rows: int, stop: Stop) -> Likelihoods:
