@@ -34,17 +34,24 @@ def score_tasks(reads: Sequence[Read], model: Model) -> dict[str, Any] | None:
     return figures
 
 
-def suite_of_causal(
-    suite: Suite | None, score: Score, weights: Weights, run: Run, batch_rows: int, stop: Stop
-) -> dict[str, Any] | None:
+def suite_of_causal(suite: Suite | None, trained: Likelihoods, before: Likelihoods) -> dict[str, Any] | None:
     """What `score_suite` tells, nothing in it where the held-out text has no Python; None where it was stopped."""
-    if suite is None:
-        return dict(NO_SUITE)
-    both = [
-        likelihoods_of(score, each, run.data.seq_len, batch_rows, stop)
-        for each in (weights, untrained(run.model, run.seed))
-    ]
-    return score_suite(suite, *both, causal=True)
+    return dict(NO_SUITE) if suite is None else score_suite(suite, trained, before, causal=True)
+
+
+def likelihoods_before(score: Score, run: Run, batch_rows: int, stop: Stop) -> Likelihoods:
+    """The likelihoods of one list of pairs under the weights that training begins with, which are made once."""
+    told: list[Likelihood] | None = None
+
+    def likelihoods(pairs: Sequence[Pair]) -> list[Likelihood] | None:
+        nonlocal told
+        if told is None:
+            weights = untrained(run.model, run.seed)
+            told = log_likelihoods(score, weights, pairs, seq_len=run.data.seq_len, batch_rows=batch_rows, stop=stop)
+        assert told is None or len(told) == len(pairs)
+        return told
+
+    return likelihoods
 
 
 def untrained(cfg: ModelConfig, seed: int) -> Weights:
