@@ -12,6 +12,9 @@ EVALUATIONS = "eval.jsonl"
 BEST = "best.json"
 ROLLBACKS = "rollbacks.jsonl"
 
+# No run makes so many updates; from here on a float no longer counts.
+MOST_STEPS = 2**53
+
 Row = Mapping[str, Any]
 
 
@@ -71,7 +74,9 @@ def standing(rows: Iterable[Row], rollbacks: Collection[Row]) -> list[Row]:
     newest: dict[tuple[int, str], Row] = {}
     for row in rows:
         step, split = row.get("step"), row.get("split")
-        if isinstance(step, int) and isinstance(split, str) and not abandoned(step, row.get("rolled_back"), rollbacks):
+        if not (isinstance(step, int) and 0 <= step < MOST_STEPS and isinstance(split, str)):
+            continue  # another harness's figures, or nobody's
+        if not abandoned(step, row.get("rolled_back"), rollbacks):
             newest[step, split] = row
     return [newest[key] for key in sorted(newest)]
 
@@ -103,7 +108,10 @@ def best_of(rows: Sequence[Row], split: str) -> Best | None:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _parsed(raw: bytes) -> Row | None:

@@ -14,8 +14,8 @@ Row = Mapping[str, Any]
 
 ABOUT = (
     "Held-out Python, and the same with one wrong edit: how often the model finds the original likelier. Beside it "
-    "stand the model before training, and saying always that what has fewer tokens is right. Behind \N{PLUS-MINUS SIGN} "
-    "is half of the 95% interval."
+    "stand the model before training, and saying always that what has fewer tokens is right. Behind "
+    "\N{PLUS-MINUS SIGN} is half of the 95% interval."
 )
 
 
