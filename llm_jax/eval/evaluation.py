@@ -32,7 +32,7 @@ from llm_jax.eval.suite import make_suite
 from llm_jax.eval.task_files import Read, read_tasks
 from llm_jax.eval.task_scores import check
 from llm_jax.eval.task_table import suite_table, task_table
-from llm_jax.eval.tasks import causal_model, likelihoods_before, score_tasks, suite_of_causal
+from llm_jax.eval.tasks import causal_model, likelihoods_before, likelihoods_of, score_tasks, suite_of
 from llm_jax.guards import AFTER_BATCH, Guards, Stop, never
 from llm_jax.mesh import keep_compiled, told_slices
 from llm_jax.model.backends import told
@@ -150,7 +150,7 @@ def make_text_evaluation(
     seq_len, batch_rows = run.data.seq_len, whole_batch(run, mesh)
     score, piece_bytes = make_score(run.model), found.tokenizer.piece_bytes
     suite = make_suite(texts, found.tokenizer, seq_len, run.seed)
-    before = likelihoods_before(score, run, batch_rows, stop)
+    before = likelihoods_before(lambda weights: likelihoods_of(score, weights, seq_len, batch_rows, stop), run)
     beside = compressed(held_out)
 
     def evaluate(weights: Weights) -> tuple[dict[str, Any], Sample] | None:
@@ -160,7 +160,7 @@ def make_text_evaluation(
         if sums is None:
             return None
         model = causal_model(score, weights, run, found.tokenizer, stride=stride, batch_rows=batch_rows, stop=stop)
-        kinds = suite_of_causal(suite, model.likelihoods, before)
+        kinds = suite_of(suite, model.likelihoods, before, causal=True)
         if kinds is None:
             return None
         tasks = score_tasks(reads, model)

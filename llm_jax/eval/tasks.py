@@ -34,20 +34,19 @@ def score_tasks(reads: Sequence[Read], model: Model) -> dict[str, Any] | None:
     return figures
 
 
-def suite_of_causal(suite: Suite | None, trained: Likelihoods, before: Likelihoods) -> dict[str, Any] | None:
+def suite_of(suite: Suite | None, trained: Likelihoods, before: Likelihoods, *, causal: bool) -> dict[str, Any] | None:
     """What `score_suite` tells, nothing in it where the held-out text has no Python; None where it was stopped."""
-    return dict(NO_SUITE) if suite is None else score_suite(suite, trained, before, causal=True)
+    return dict(NO_SUITE) if suite is None else score_suite(suite, trained, before, causal=causal)
 
 
-def likelihoods_before(score: Score, run: Run, batch_rows: int, stop: Stop) -> Likelihoods:
-    """The likelihoods of one list of pairs under the weights that training begins with, which are made once."""
-    told: list[Likelihood] | None = None
+def likelihoods_before(asking: Callable[[Weights], Likelihoods], run: Run) -> Likelihoods:
+    """The likelihoods of one list of pairs under the weights that training begins with: asked once, then known."""
+    told: Sequence[Likelihood] | None = None
 
-    def likelihoods(pairs: Sequence[Pair]) -> list[Likelihood] | None:
+    def likelihoods(pairs: Sequence[Pair]) -> Sequence[Likelihood] | None:
         nonlocal told
         if told is None:
-            weights = untrained(run.model, run.seed)
-            told = log_likelihoods(score, weights, pairs, seq_len=run.data.seq_len, batch_rows=batch_rows, stop=stop)
+            told = asking(untrained(run.model, run.seed))(pairs)
         assert told is None or len(told) == len(pairs)
         return told
 
