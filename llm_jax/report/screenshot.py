@@ -10,7 +10,9 @@ from llm_jax.config import ConfigError
 
 # Under one of these names a browser that can do without a screen is found.
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
-WIDTH, HEIGHT = 1144, 2200
+# Down to what a model tells apart, on the page of a run of no experts.
+WIDTH, HEIGHT = 1144, 3190
+SCALE = 0.75
 PATIENCE_S = 120.0
 
 
@@ -26,6 +28,7 @@ def take(page: Path, picture: Path) -> None:
             "--headless",
             "--disable-gpu",
             "--hide-scrollbars",
+            f"--force-device-scale-factor={SCALE}",
             "--no-first-run",
             f"--user-data-dir={profile}",
             f"--window-size={WIDTH},{HEIGHT}",
