@@ -302,8 +302,7 @@ class Checkpoints:
         return self.directory / f"{step}{UNFINISHED}"
 
     def _numbers(self) -> list[int]:
-        names = os.listdir(self.directory) if self.directory.is_dir() else []
-        return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+        return manifest.numbers(self.directory)
 
     def _kinds(self) -> dict[int, Kind]:
         """How long each checkpoint is to stay; one whose manifest cannot be read is left alone."""

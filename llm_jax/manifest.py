@@ -43,6 +43,12 @@ def retired(kinds: Mapping[int, Kind], keep: int) -> list[int]:
     return sorted(number for number in leaving if number != newest)
 
 
+def numbers(directory: Path) -> list[int]:
+    """The numbers of a directory's checkpoints that were completed, oldest first; their files are not looked at."""
+    names = os.listdir(directory) if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+
+
 def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file below folder, the manifest left out. Raises OSError."""
     sizes = {}

@@ -16,6 +16,7 @@ from llm_jax import exit_codes
 from llm_jax.processes import settle
 
 LOCK = "lock"
+WATCHERS_LOCK = "watch.lock"
 
 # How long a network file system may take to show one process what another wrote.
 PATIENCE_S = 30.0
@@ -33,23 +34,32 @@ class DirectoryError(exit_codes.Failure):
     exit_code = exit_codes.CHECKPOINT
 
 
-@contextlib.contextmanager
-def sole_trainer(run_dir: str | os.PathLike[str]) -> Iterator[None]:
+def sole_trainer(run_dir: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
     """Makes the directory and holds its lock, which any end of the process frees; process 0 holds it for all.
 
     Raises Refused, naming the holder, if another trainer has it; DirectoryError if it cannot be made or locked. Other
     processes than the first get a Failure of the same text and exit code.
     """
+    return _sole(run_dir, LOCK, "trainer")
+
+
+def sole_watcher(run_dir: str | os.PathLike[str]) -> contextlib.AbstractContextManager[None]:
+    """As sole_trainer, for the one who evaluates a run's checkpoints as they come; beside a trainer, not against it."""
+    return _sole(run_dir, WATCHERS_LOCK, "watcher")
+
+
+@contextlib.contextmanager
+def _sole(run_dir: str | os.PathLike[str], lock: str, role: str) -> Iterator[None]:
     with contextlib.ExitStack() as held:
 
         def take(_: list[str]) -> str:
             try:
                 os.makedirs(run_dir, exist_ok=True)
-                file = held.enter_context(open(Path(run_dir, LOCK), "a+", encoding="utf-8"))
+                file = held.enter_context(open(Path(run_dir, lock), "a+", encoding="utf-8"))
                 if not _locks(file):
                     file.seek(0)
                     holder = file.read().strip() or "it has just started"
-                    raise Refused(f"{run_dir} has a trainer at work already: {holder}")
+                    raise Refused(f"{run_dir} has a {role} at work already: {holder}")
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
                 file.flush()
@@ -59,7 +69,7 @@ def sole_trainer(run_dir: str | os.PathLike[str]) -> Iterator[None]:
             os.register_at_fork(after_in_child=file.close)
             return ""
 
-        settle("run directory lock", "", take)
+        settle(f"run directory {lock}", "", take)
         yield
 
 

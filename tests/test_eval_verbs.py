@@ -141,7 +141,7 @@ def test_the_table_and_a_sample_are_for_people_and_a_line_is_for_the_report(copy
     out = capsys.readouterr().out
     (record,) = map(json.loads, (copy / "eval.jsonl").read_text().splitlines())
     assert {name: record[name] for name in result} == result and result["step"] == 10
-    assert record.keys() - result.keys() == {"time", "sample"} and record["time"].endswith("+00:00")
+    assert record.keys() - result.keys() == {"time", "sample", "rolled_back"} and record["time"].endswith("+00:00")
     assert "made after 10 steps, on held-out test text" in out
     for value in (f"{result['bits_per_byte']:.3f}", f"{result['loss']:.4f}", f"{result['bytes']:,}"):
         assert value in out

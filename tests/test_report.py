@@ -255,6 +255,14 @@ def test_held_out_figures_stand_in_until_there_are_test_figures(tmp_path: Path) 
         {"metrics.jsonl": '{"step": 5, "loss": 0, "grad_norm": 0, "lr": 0, "tokens_per_s": 0, "time": 1e300}\n'},
         {"metrics.jsonl": f'{{"step": 1, "loss": 3e38, "tokens": {"9" * 400}}}\n{{"step": 2, "loss": -3e38}}\n'},
         {"config.json": '{"model": 3, "train": {"steps": "many"}, "data": {"source": null}}'},
+        {
+            "metrics.jsonl": '{"step": 1, "loss": 2}\n',
+            "eval.jsonl": '{"step": 1, "split": "test", "suite": {"kinds": {"a": 3, "b": {"accuracy": 4, "n": "x"}}, '
+            '"all": [], "left_out": 5}, "tasks": {"t": {"metrics": [], "by": {"g": 1, "h": {}}}, "u": null}}\n'
+            '{"step": 2, "split": "test", "suite": [], "tasks": 7, "stride": []}\n{"step": 3, "split": "tes',
+            "rollbacks.jsonl": '{"to_step": "x"}\n{"time": null, "to_step": 1e999}\n[]\n{"time": 1',
+            "best.json": "nonsense",
+        },
         {"config.json": '{"name": ["a"]}', "environment.json": '{"attempts": [3, {"devices": 4, "commit": 5}]}'},
     ],
 )
@@ -362,6 +370,98 @@ def test_masked_models_are_compared_by_accuracy_and_others_stay_beside_them(tmp_
     page = Page(report(better, causal))
     assert page.texts["strong"] == ["1.900"] and "Test bits per byte" in page.texts["th"]
     assert "by a hidden token or the next token" in page.words
+
+
+def figures_of(value: float, **more: Any) -> dict[str, Any]:
+    estimate = {"value": value, "low": value - 0.1, "high": value + 0.1}
+    return {"n": 100, "accuracy": estimate, "untrained": {**estimate, "value": 0.5}, "fewer_tokens_wins": 0.5, **more}
+
+
+SUITE = {
+    "kinds": {"missing colon": figures_of(0.93), EVIL: figures_of(0.7)},
+    "all": figures_of(0.85, n=200),
+    "left_out": {"far bracket": "only 3 pairs"},
+}
+TASKS = {
+    "agreement": {
+        "n": 3,
+        "metrics": {"accuracy": {"value": 0.6, "low": 0.5, "high": 0.7}, "ece": {"value": 0.1, "low": 0, "high": 0.2}},
+        "chance": 0.5,
+        "by": {
+            "verbs": {"n": 2, "value": 0.5, "low": 0, "high": 1},
+            "nouns": {"n": 1, "value": 1, "low": 1, "high": 1},
+        },
+    }
+}
+
+
+def test_what_a_model_tells_apart_is_in_tables_and_the_best_is_marked(tmp_path: Path) -> None:
+    looked = {"suite": SUITE, "tasks": {}, "stride": 16}
+    rows = [scores(step, "validation", bits, **looked) for step, bits in ((40, 2.5), (80, 1.7), (120, 1.8))]
+    directory = make_run(tmp_path / "run", eval=[*rows, scores(STEPS, "test", 1.9, suite=SUITE, tasks=TASKS)])
+    page = Page(report(directory))
+    assert page.open == []
+    assert {"What it tells apart", "Tasks"} <= set(page.texts["h2"])
+    assert page.texts["strong"] == ["0.930 \N{PLUS-MINUS SIGN} 0.100", "0.700 \N{PLUS-MINUS SIGN} 0.100"] + [
+        "all together",
+        "0.850 \N{PLUS-MINUS SIGN} 0.100",
+    ]
+    assert "far bracket is left out: only 3 pairs" in page.words
+    cells = page.texts["td"]
+    assert [cells[cells.index(name) + 1 :][:2] for name in ("accuracy", "ece")] == [
+        ["0.600 \N{PLUS-MINUS SIGN} 0.100", "0.500"],
+        ["0.100 \N{PLUS-MINUS SIGN} 0.100", ""],
+    ]
+    assert page.texts["group"] == ["verbs", "nouns"]
+    assert "step 80, validation, the best" in page.words and page.words.count(", the best") == 1
+    (bits,) = [chart for chart in charts([read(directory)]) if chart.key == "bits_per_byte"]
+    assert [one.name for one in bits.series] == ["held out", "validation text", "test text"]
+    assert bits.best == (80, 1.7) and list(bits.series[1].y) == [2.5, 1.7, 1.8]
+    assert {"best", "best inner"} <= {a.get("class") for tag, a in page.elements if tag == "path"}
+    other = make_run(tmp_path / "other", eval=[scores(STEPS, "test", 1.8, suite=SUITE)])
+    compared = Page(report(directory, other))
+    assert compared.open == [] and "What it tells apart" in compared.texts["h2"] and "Tasks" in compared.texts["h2"]
+
+
+def test_many_evaluations_are_folded(tmp_path: Path) -> None:
+    rows = [scores(step, "validation", 2.0) for step in range(1, 31)]
+    page = Page(report(make_run(tmp_path / "run", eval=rows)))
+    assert page.open == [] and page.texts["summary"] == ["18 earlier ones"]
+    assert page.texts["big"] == ["2.00bits per byte on validation text"]
+
+
+def test_rollbacks_are_told_and_what_was_left_is_not(tmp_path: Path) -> None:
+    rows = [scores(step, "validation", bits, rolled_back=None) for step, bits in ((40, 2.5), (80, 1.0))]
+    directory = make_run(tmp_path / "run", eval=[*rows, scores(100, "validation", 1.9, rolled_back=1_795_318_020.5)])
+    back = {"rollback": 1, "from_step": 85, "skipped": 10, "to_step": 40, "next_batch": 96, "time": 1_795_318_020.5}
+    write_lines(directory / "rollbacks.jsonl", [back])
+    page = Page(report(directory))
+    assert page.open == [] and "Rollbacks" in page.texts["h2"] and "1times the run went back" in page.texts["tile"]
+    assert [row["step"] for row in read(directory).evaluations] == [40, 100]
+    assert "step 85" in page.words and "went back to here" in page.words and "rollbacks.jsonl" in page.words
+    (loss, bits, *_) = charts([read(directory)])
+    assert loss.went_back == [40] and bits.best == (100, 1.9)
+    report(directory, options=("--svg", str(tmp_path / "svg")))
+    assert "went back to here" in (tmp_path / "svg" / "loss.svg").read_text()
+    assert "Rollbacks" not in Page(report(make_run(tmp_path / "calm"))).texts["h2"]
+
+
+def test_a_page_as_a_picture_needs_a_browser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any program of a browser's name will do; one that makes nothing is told, in its own last words."""
+    directory, picture, bin_dir = make_run(tmp_path / "run"), tmp_path / "new" / "page.png", tmp_path / "bin"
+    bin_dir.mkdir()
+    monkeypatch.setenv("PATH", str(bin_dir))
+    with pytest.raises(ConfigError, match=r"^--screenshot needs a browser on the path: one of chromium"):
+        cli.main([str(directory), "--screenshot", str(picture)])
+    browser = bin_dir / "chromium"
+    browser.write_text("#!/bin/sh\necho no screen >&2\n")
+    browser.chmod(0o755)
+    with pytest.raises(ConfigError, match="chromium made no picture: no screen"):
+        cli.main([str(directory), "--screenshot", str(picture)])
+    wanted = 'for a in "$@"; do case $a in --screenshot=*) echo "$@" > "${a#--screenshot=}";; esac; done'
+    browser.write_text(f"#!/bin/sh\n{wanted}\n")
+    assert cli.main([str(directory), "--screenshot", str(picture)]) == 0
+    assert (directory / "report.html").as_uri() in picture.read_text()
 
 
 def test_a_report_goes_where_it_is_wanted(tmp_path: Path) -> None:

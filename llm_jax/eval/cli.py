@@ -29,12 +29,20 @@ def _evaluate(argv: Sequence[str]) -> int:
         "  llm-jax eval runs/quickstart\n"
         "  llm-jax eval runs/quickstart --step 500 --json\n"
         "  llm-jax eval runs/quickstart --tasks my_tasks/ --tasks other.yaml\n"
+        "  llm-jax eval runs/quickstart --watch                          beside a training run: every checkpoint\n"
         "  llm-jax eval runs/quickstart --lm-eval blimp my_task.yaml --limit 100\n"
         "  llm-jax eval runs/quickstart eval.stride=32 mesh.tensor=4     more context for every token; on a mesh",
     )
     _add_run_directory(parser)
     parser.add_argument(
-        "--split", choices=("test", "validation"), default="test", help="which held-out text (default: test)"
+        "--split",
+        choices=("test", "validation"),
+        help="which held-out text (default: test; with --watch, which chooses by it, validation)",
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="evaluate every checkpoint as it comes, once, and mark the best; ends after the run's last",
     )
     parser.add_argument(
         "--tasks",
@@ -54,6 +62,8 @@ def _evaluate(argv: Sequence[str]) -> int:
     arguments = parser.read(argv)
     if arguments.limit is not None and (arguments.limit < 1 or not arguments.lm_eval):
         raise ConfigError(f"--limit {arguments.limit}: must be at least 1, and goes with --lm-eval")
+    if arguments.watch:
+        return _watch(arguments)
     from llm_jax.eval.evaluation import evaluate_checkpoint, until_stopped
 
     where = (arguments.run_dir, arguments.step, arguments.overrides)
@@ -64,9 +74,21 @@ def _evaluate(argv: Sequence[str]) -> int:
         return until_stopped(lambda stop: harness(as_json=arguments.json, stop=stop))
     return until_stopped(
         lambda stop: evaluate_checkpoint(
-            *where, split=arguments.split, as_json=arguments.json, tasks=arguments.tasks, stop=stop
+            *where, split=arguments.split or "test", as_json=arguments.json, tasks=arguments.tasks, stop=stop
         )
     )
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    if arguments.step is not None or arguments.lm_eval:
+        other = f"--step {arguments.step}" if arguments.step is not None else "--lm-eval"
+        raise ConfigError(f"{other}: nothing to do with --watch, which evaluates every checkpoint as it comes")
+    from llm_jax.eval.evaluation import until_stopped
+    from llm_jax.eval.watch import watch
+
+    asked = functools.partial(watch, arguments.run_dir, arguments.overrides, as_json=arguments.json)
+    split = arguments.split or "validation"
+    return until_stopped(lambda stop: asked(split=split, tasks=arguments.tasks, stop=stop))
 
 
 def generate(argv: Sequence[str]) -> int:

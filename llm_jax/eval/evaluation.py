@@ -20,8 +20,9 @@ from llm_jax.data.prepare import Prepared, documents, open_prepared
 from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.distributed import join_processes
 from llm_jax.eval.figures import figures
-from llm_jax.eval.fill import fill_first_row, in_brackets
+from llm_jax.eval.fill import in_brackets, make_fill
 from llm_jax.eval.generate import make_decoder, prompt_of, streams
+from llm_jax.eval.history import EVALUATIONS, ROLLBACKS, add, last_rollback, lines
 from llm_jax.eval.perplexity import compressed, held_out_of, score_held_out, score_rows
 from llm_jax.eval.pseudo import drawn_places, make_masked_score, masked_scores, pseudo_perplexity
 from llm_jax.eval.restore import Found, adapt, find, for_decoding, mesh_of, restore_weights, row_parts
@@ -32,7 +33,15 @@ from llm_jax.eval.suite import make_suite
 from llm_jax.eval.task_files import Read, read_tasks
 from llm_jax.eval.task_scores import check
 from llm_jax.eval.task_table import plus_minus, suite_table, task_table
-from llm_jax.eval.tasks import causal_model, masked_model, score_tasks, suite_of_causal, suite_of_masked
+from llm_jax.eval.tasks import (
+    causal_model,
+    likelihoods_before,
+    likelihoods_of,
+    masked_model,
+    pseudo_likelihoods_of,
+    score_tasks,
+    suite_of,
+)
 from llm_jax.guards import AFTER_BATCH, Guards, Stop, never
 from llm_jax.mesh import keep_compiled, told_slices
 from llm_jax.model.backends import told
@@ -49,6 +58,9 @@ SAMPLING = Sampling(max_tokens=128, temperature=0.8, seed=0)
 
 # The model's text as eval.jsonl and the report have it: prompt and text, or what `fill` makes as filled.
 Sample = dict[str, Any]
+
+# Weights -> the figures and a sample; None where it was stopped.
+Evaluate = Callable[[Weights], tuple[dict[str, Any], Sample] | None]
 
 
 class Opened(NamedTuple):
@@ -96,117 +108,143 @@ def evaluate_checkpoint(
     None. Needs the job's processes joined.
     """
     reads = read_tasks(tasks)
+    rolled_back = last_rollback(lines(Path(run_dir, ROLLBACKS)))
     with opened(run_dir, step, overrides) as (found, run, mesh):
-        prepared = same_data(found, run)
-        match run.objective:
-            case CausalConfig():
-                check(reads, causal=True)
-                scored = score_text(found, run, mesh, prepared, split, reads, stop)
-            case MlmConfig():
-                check(reads, causal=False)
-                scored = score_masked(found, run, mesh, prepared, split, reads, stop)
-        if scored is None:
-            return None
-        scores, sample = scored
-        seen = prepared.text_info["leaked_share"] if split == "test" else None
-        result = {"step": found.step, **scores, "seen_long_lines": seen}
+        evaluate = make_evaluation(found, run, mesh, split, reads, stop)
+        scored = evaluate(restore_weights(found, run.model, mesh))
+    if scored is None:
+        return None
+    result, sample = {"step": found.step, **scored[0]}, scored[1]
     if jax.process_index() == 0:
         if as_json:
             print(json.dumps(result), flush=True)
         else:
             show(run.name, result, sample)
-        append(Path(run_dir, "eval.jsonl"), result | {"time": now(), "sample": sample})
+        append(Path(run_dir, EVALUATIONS), result | {"time": now(), "sample": sample, "rolled_back": rolled_back})
     return result
 
 
-def score_text(
-    found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: str, reads: Sequence[Read], stop: Stop
-) -> tuple[dict[str, Any], Sample] | None:
-    """Every byte of the split once, in windows, beside compressors; the suite, tasks, and a beginning continued.
+def make_evaluation(found: Found, run: Run, mesh: Mesh, split: str, reads: Sequence[Read], stop: Stop) -> Evaluate:
+    """What evaluates weights of this run, compiled once; the mesh is set, here and whenever it is called.
 
-    None where it was stopped.
+    Raises Refused for tasks of another kind of model, DataError where the data is not there, or another one.
     """
+    prepared = same_data(found, run)
+    match run.objective:
+        case CausalConfig():
+            check(reads, causal=True)
+            evaluate = make_text_evaluation(found, run, mesh, prepared, split, reads, stop)
+        case MlmConfig():
+            check(reads, causal=False)
+            evaluate = make_masked_evaluation(found, run, mesh, prepared, split, reads, stop)
+    seen = prepared.text_info["leaked_share"] if split == "test" else None
+
+    def with_leak(weights: Weights) -> tuple[dict[str, Any], Sample] | None:
+        scored = evaluate(weights)
+        return None if scored is None else ({**scored[0], "seen_long_lines": seen}, scored[1])
+
+    return with_leak
+
+
+def make_text_evaluation(
+    found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: str, reads: Sequence[Read], stop: Stop
+) -> Evaluate:
+    """Every byte of the split once, in windows, beside compressors; the suite, tasks, and a beginning continued."""
     texts = list(documents(prepared, split))
     held_out = held_out_of(texts, found.tokenizer)
     if not any(document.text for document in held_out):
         raise DataError(f"the {split} split has no text; raise data.{split}_share, or give more text")
-    weights = restore_weights(found, run.model, mesh)
     stride = run.eval.stride or run.data.seq_len // 2
     seq_len, batch_rows = run.data.seq_len, whole_batch(run, mesh)
     score, piece_bytes = make_score(run.model), found.tokenizer.piece_bytes
-    sums = score_held_out(
-        score, weights, held_out, piece_bytes, seq_len=seq_len, stride=stride, batch_rows=batch_rows, stop=stop
-    )
-    if sums is None:
-        return None
     suite = make_suite(texts, found.tokenizer, seq_len, run.seed)
-    kinds = suite_of_causal(suite, score, weights, run, batch_rows, stop)
-    if kinds is None:
-        return None
-    model = causal_model(score, weights, run, found.tokenizer, stride=stride, batch_rows=batch_rows, stop=stop)
-    tasks = score_tasks(reads, model)
-    if tasks is None:
-        return None
-    sample = beginning_continued(weights, run, found.tokenizer, held_out[0].text, stop)
-    if sample is None:
-        return None
-    told = {**figures(sums), **compressed(held_out), "split": split, "stride": stride}
-    return {**told, "pseudo_perplexity": None, "suite": kinds, "tasks": tasks}, sample
+    before = likelihoods_before(lambda weights: likelihoods_of(score, weights, seq_len, batch_rows, stop), run)
+    beside = compressed(held_out)
+
+    def evaluate(weights: Weights) -> tuple[dict[str, Any], Sample] | None:
+        sums = score_held_out(
+            score, weights, held_out, piece_bytes, seq_len=seq_len, stride=stride, batch_rows=batch_rows, stop=stop
+        )
+        if sums is None:
+            return None
+        model = causal_model(score, weights, run, found.tokenizer, stride=stride, batch_rows=batch_rows, stop=stop)
+        kinds = suite_of(suite, model.likelihoods, before, causal=True)
+        if kinds is None:
+            return None
+        tasks = score_tasks(reads, model)
+        if tasks is None:
+            return None
+        sample = beginning_continued(weights, run, found.tokenizer, held_out[0].text, stop)
+        if sample is None:
+            return None
+        told = {**figures(sums), **beside, "split": split, "stride": stride}
+        return {**told, "pseudo_perplexity": None, "suite": kinds, "tasks": tasks}, sample
+
+    return evaluate
 
 
-def score_masked(
+def make_masked_evaluation(
     found: Found, run: Run, mesh: Mesh, prepared: Prepared, split: str, reads: Sequence[Read], stop: Stop
-) -> tuple[dict[str, Any], Sample] | None:
+) -> Evaluate:
     """Every row of the split once, with masks that are always the same; what else there is to tell; a row filled in.
 
-    The names are score_text's, null where a masked model has no such figure. None where it was stopped.
+    The names are those of causal models, null where a masked model has no such figure.
     """
     rows = open_rows(prepared, split)
-    weights = restore_weights(found, run.model, mesh)
     batch_rows = whole_batch(run, mesh)
     crosses = run.data.cross_documents
     ask = make_ask(run.objective, found.tokenizer.word_starts, seed=run.seed, cross_documents=crosses)
     row_sums = make_row_sums(run.model, run.objective, ask, rows, found.tokenizer.piece_bytes, batch_rows)
-    sums = score_rows(row_sums, weights, len(rows), batch_rows, stop)
-    if sums is None:
-        return None
-    single = score_single_masks(
-        found.tokenizer, run, weights, list(documents(prepared, split)), batch_rows, reads, stop
-    )
-    if single is None:
-        return None
-    nothing = dict.fromkeys(("zlib_bits_per_byte", "lzma_bits_per_byte"))
-    filled = fill_first_row(run.model, weights, ask, rows, found.tokenizer)
-    told = {**figures(sums, masked=True), **nothing, "split": split, "stride": None}
-    return {**told, **single}, {"filled": filled}
+    fill = make_fill(run.model, ask, rows, found.tokenizer)
+    texts = list(documents(prepared, split))
+    by_single_masks = make_single_masks(found.tokenizer, run, texts, batch_rows, reads, stop)
+
+    def evaluate(weights: Weights) -> tuple[dict[str, Any], Sample] | None:
+        sums = score_rows(row_sums, weights, len(rows), batch_rows, stop)
+        if sums is None:
+            return None
+        single = by_single_masks(weights)
+        if single is None:
+            return None
+        nothing = dict.fromkeys(("zlib_bits_per_byte", "lzma_bits_per_byte"))
+        told = {**figures(sums, masked=True), **nothing, "split": split, "stride": None}
+        return {**told, **single}, {"filled": fill(weights)}
+
+    return evaluate
 
 
-def score_single_masks(
+def make_single_masks(
     tokenizer: Tokenizer,
     run: Run,
-    weights: Weights,
     texts: Sequence[tuple[str, str]],
     batch_rows: int,
     reads: Sequence[Read],
     stop: Stop,
-) -> dict[str, Any] | None:
+) -> Callable[[Weights], dict[str, Any] | None]:
     """A masked model's pseudo_perplexity, suite and tasks; texts: (name, text) each. None where it was stopped."""
     score, words_V2 = make_masked_score(run.model), tokenizer.word_starts
     seq_len = run.data.seq_len
     drawn = drawn_places(held_out_of(texts, tokenizer), run.eval.pseudo_tokens, run.seed)
-    pseudo: dict[str, Any] = {"tokens": sum(len(text.places) for text in drawn)}
-    for name, words in (("original", None), ("within_word_l2r", words_V2)):
-        told = masked_scores(score, weights, drawn, words, seq_len=seq_len, batch_rows=batch_rows, stop=stop)
-        if told is None:
-            return None
-        pseudo[name] = pseudo_perplexity(told)
     suite = make_suite(texts, tokenizer, seq_len, run.seed, masked=True)
-    kinds = suite_of_masked(suite, score, weights, run, words_V2, batch_rows, stop)
-    if kinds is None:
-        return None
-    model = masked_model(score, weights, run, tokenizer, batch_rows=batch_rows, stop=stop)
-    tasks = score_tasks(reads, model)
-    return None if tasks is None else {"pseudo_perplexity": pseudo, "suite": kinds, "tasks": tasks}
+    before = likelihoods_before(
+        lambda weights: pseudo_likelihoods_of(score, weights, words_V2, seq_len, batch_rows, stop), run
+    )
+
+    def evaluate(weights: Weights) -> dict[str, Any] | None:
+        pseudo: dict[str, Any] = {"tokens": sum(len(text.places) for text in drawn)}
+        for name, words in (("original", None), ("within_word_l2r", words_V2)):
+            told = masked_scores(score, weights, drawn, words, seq_len=seq_len, batch_rows=batch_rows, stop=stop)
+            if told is None:
+                return None
+            pseudo[name] = pseudo_perplexity(told)
+        model = masked_model(score, weights, run, tokenizer, batch_rows=batch_rows, stop=stop)
+        kinds = suite_of(suite, model.likelihoods, before, causal=False)
+        if kinds is None:
+            return None
+        tasks = score_tasks(reads, model)
+        return None if tasks is None else {"pseudo_perplexity": pseudo, "suite": kinds, "tasks": tasks}
+
+    return evaluate
 
 
 def whole_batch(run: Run, mesh: Mesh) -> int:
@@ -330,8 +368,7 @@ def as_text(value: float | None, form: str) -> str:
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Adds a line of JSON to a file. Raises ResultError where it cannot be written."""
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        add(path, record)
     except OSError as error:
         raise ResultError(f"the result cannot be added to {path}: {error.strerror}") from error
 

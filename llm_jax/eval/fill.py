@@ -1,6 +1,6 @@
 """What a masked language model makes of a held-out row: its first guess at every place that it was asked for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,11 @@ SHOWN = 256
 Filled = Sequence[tuple[str, str | None]]
 
 
-def fill_first_row(cfg: ModelConfig, weights: Weights, ask: Ask, rows: Rows, tokenizer: Tokenizer) -> Filled:
-    """The beginning of the first row with the model's guesses in it. The mesh is set, cfg's attention resolved."""
+def make_fill(cfg: ModelConfig, ask: Ask, rows: Rows, tokenizer: Tokenizer) -> Callable[[Weights], Filled]:
+    """The function from weights to the beginning of the first row with the model's guesses in it, compiled once.
+
+    The mesh is set, cfg's attention resolved.
+    """
     graph = abstract_model(cfg).graph
 
     @jax.jit
@@ -39,11 +42,14 @@ def fill_first_row(cfg: ModelConfig, weights: Weights, ask: Ask, rows: Rows, tok
         told = asked.places_BN, asked.weights_BN, jnp.argmax(logits_BNV, axis=-1)
         return jax.reshard(told, P())
 
-    rows_ABU, first = rows_on_mesh(rows, 0, row_parts(jax.sharding.get_mesh()))
-    places_BN, weights_BN, guesses_BN = jax.device_get(guess(weights, rows_ABU, first))
-    real_N = weights_BN[0] > 0
-    guesses = dict(zip(places_BN[0][real_N].tolist(), guesses_BN[0][real_N].tolist(), strict=True))
-    return filled(rows[np.zeros(1, int)][0, :-1][:SHOWN].tolist(), guesses, tokenizer)
+    def fill(weights: Weights) -> Filled:
+        rows_ABU, first = rows_on_mesh(rows, 0, row_parts(jax.sharding.get_mesh()))
+        places_BN, weights_BN, guesses_BN = jax.device_get(guess(weights, rows_ABU, first))
+        real_N = weights_BN[0] > 0
+        guesses = dict(zip(places_BN[0][real_N].tolist(), guesses_BN[0][real_N].tolist(), strict=True))
+        return filled(rows[np.zeros(1, int)][0, :-1][:SHOWN].tolist(), guesses, tokenizer)
+
+    return fill
 
 
 def filled(tokens: Sequence[int], guesses: dict[int, int], tokenizer: Tokenizer) -> Filled:

@@ -1,9 +1,10 @@
 """Text from a model: prompts are read once, then tokens come in chunks from a loop on the device, with a cache."""
 
 import codecs
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,13 @@ def make_decoder(cfg: ModelConfig, seq_len: int, sampling: Sampling) -> Decoder:
     Raises ConfigError where the mesh has a context axis.
     """
     decode.check_mesh(jax.sharding.get_mesh())
+    programs = _programs(cfg, sampling)  # pyright: ignore[reportArgumentType]  frozen configs have a hash
+    return Decoder(*programs, sampling, seq_len, cfg.learned_positions, cfg.dims["V"])
+
+
+@functools.cache
+def _programs(cfg: ModelConfig, sampling: Sampling) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Decoder's `begin` and `go_on`: the same functions for the same model, so that other weights compile nothing."""
     graph = abstract_model(cfg).graph
 
     def begin(
@@ -125,8 +133,7 @@ def make_decoder(cfg: ModelConfig, seq_len: int, sampling: Sampling) -> Decoder:
         going, new_BN, nats_BN = jax.lax.while_loop(unfinished, one, (going, nothing_BN, nothing_BN * 0.0))
         return going, *jax.reshard((new_BN, nats_BN, going.done_B), P())
 
-    programs = jax.jit(begin, static_argnums=7), jax.jit(go_on, donate_argnums=1)
-    return Decoder(*programs, sampling, seq_len, cfg.learned_positions, cfg.dims["V"])
+    return jax.jit(begin, static_argnums=7), jax.jit(go_on, donate_argnums=1)
 
 
 def _nats(logits_BV: Array, is_token_BV: Array) -> Array:

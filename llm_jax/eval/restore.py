@@ -4,6 +4,7 @@ What a checkpoint says is data: its run is read as JSON and validated, its token
 """
 
 import dataclasses
+import functools
 import json
 import math
 import sys
@@ -25,7 +26,7 @@ from llm_jax.mesh import make_mesh
 from llm_jax.model.backends import resolve
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.decode import unrolled
-from llm_jax.model.paths import from_tree, placed, to_tree
+from llm_jax.model.paths import Tree, from_tree, placed, to_tree
 from llm_jax.model.transformer import Weights, abstract_model
 from llm_jax.run import Run, check_axes, check_weights, mesh_sizes
 from llm_jax.run_directory import Refused
@@ -36,6 +37,10 @@ FORMAT = 1
 
 # What an evaluation may change: where and how it computes, never what was trained.
 FREE = ("eval", "mesh", "data.dir", "model.attention", "model.moe.exchange", "model.moe.grouped_matmul")
+
+
+class Missing(Refused):
+    """There is no such checkpoint, or no longer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +61,8 @@ class Found:
 def find(run_dir: str | Path, step: int | None = None) -> Found:
     """A run directory's checkpoint of that step; of None the newest intact one, damaged ones being told on stderr.
 
-    Raises ConfigError where there is no such directory, Refused where there is no such checkpoint or it cannot be
-    understood, CheckpointError where it is damaged.
+    Raises ConfigError where there is no such directory, Missing where there is no such checkpoint, Refused where it
+    cannot be understood, CheckpointError where it is damaged.
     """
     directory = Path(run_dir)
     if not directory.is_dir():
@@ -65,14 +70,14 @@ def find(run_dir: str | Path, step: int | None = None) -> Found:
     with closing(Checkpoints(directory / "checkpoints", read_only=True)) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
-            raise Refused(f"{run_dir} has no checkpoint yet; llm-jax train saves one every checkpoint.every updates")
+            raise Missing(f"{run_dir} has no checkpoint yet; llm-jax train saves one every checkpoint.every updates")
         verified = step is None
         if step is None:
             step = checkpoints.newest_intact()
             if step is None:
                 raise CheckpointError(f"{run_dir}: every checkpoint is damaged")
         elif step not in steps:
-            raise Refused(f"{run_dir} has no checkpoint {step}; there are {', '.join(map(str, steps))}")
+            raise Missing(f"{run_dir} has no checkpoint {step}; there are {', '.join(map(str, steps))}")
         meta = checkpoints.meta(step)
     run = run_of(meta, f"checkpoint {step} of {run_dir}")
     return Found(directory, step, run, tokenizer_of(directory, meta), meta["data"], verified)
@@ -168,8 +173,22 @@ def restore_weights(found: Found, cfg: ModelConfig, mesh: Mesh) -> Weights:
     wanted = placed(jax.eval_shape(to_tree, abstract), mesh)
     with closing(Checkpoints(found.directory / "checkpoints", read_only=True)) as checkpoints:
         tree = checkpoints.restore(found.step, wanted, verified=found.verified)
-    restored = jax.jit(lambda tree: from_tree(tree, abstract))(tree)
+    return _assembled(tree, cfg)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _assembled(tree: Tree, cfg: ModelConfig) -> Weights:
+    """The weights of a checkpoint's arrays; compiled once for all checkpoints of a run."""
+    _, params, balance = abstract_model(cfg)
+    restored = from_tree(tree, {"params": params, "balance": balance})
     return restored["params"], restored["balance"]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unrolled(weights: Weights, cfg: ModelConfig) -> Weights:
+    """The weights in the form of unrolled(cfg), as cfg."""
+    _, *abstract = abstract_model(cfg)
+    return from_tree(to_tree(weights), tuple(abstract))
 
 
 @contextmanager
@@ -180,8 +199,7 @@ def for_decoding(weights: Weights, cfg: ModelConfig) -> Iterator[tuple[Weights, 
     """
     mesh = jax.sharding.get_mesh()
     alone = unrolled(cfg)
-    _, *abstract = abstract_model(alone)
-    weights = jax.jit(lambda weights: from_tree(to_tree(weights), tuple(abstract)))(weights)
+    weights = _unrolled(weights, alone)
     sizes = dict(mesh.shape)
     if sizes["context"] > 1:
         sizes |= {"context": 1, "fsdp": sizes["fsdp"] * sizes["context"]}

@@ -36,30 +36,23 @@ def score_tasks(reads: Sequence[Read], model: Model) -> dict[str, Any] | None:
     return figures
 
 
-def suite_of_causal(
-    suite: Suite | None, score: Score, weights: Weights, run: Run, batch_rows: int, stop: Stop
-) -> dict[str, Any] | None:
+def suite_of(suite: Suite | None, trained: Likelihoods, before: Likelihoods, *, causal: bool) -> dict[str, Any] | None:
     """What `score_suite` tells, nothing in it where the held-out text has no Python; None where it was stopped."""
-    if suite is None:
-        return dict(NO_SUITE)
-    both = [
-        likelihoods_of(score, each, run.data.seq_len, batch_rows, stop)
-        for each in (weights, untrained(run.model, run.seed))
-    ]
-    return score_suite(suite, *both, causal=True)
+    return dict(NO_SUITE) if suite is None else score_suite(suite, trained, before, causal=causal)
 
 
-def suite_of_masked(
-    suite: Suite | None, score: MaskedScore, weights: Weights, run: Run, words_V2: np.ndarray, rows: int, stop: Stop
-) -> dict[str, Any] | None:
-    """The same of a masked model; words_V2: Tokenizer.word_starts, rows: as in masked_scores."""
-    if suite is None:
-        return dict(NO_SUITE)
-    both = [
-        pseudo_likelihoods_of(score, each, words_V2, run.data.seq_len, rows, stop)
-        for each in (weights, untrained(run.model, run.seed))
-    ]
-    return score_suite(suite, *both, causal=False)
+def likelihoods_before(asking: Callable[[Weights], Likelihoods], run: Run) -> Likelihoods:
+    """The likelihoods of one list of pairs under the weights that training begins with: asked once, then known."""
+    told: Sequence[Likelihood] | None = None
+
+    def likelihoods(pairs: Sequence[Pair]) -> Sequence[Likelihood] | None:
+        nonlocal told
+        if told is None:
+            told = asking(untrained(run.model, run.seed))(pairs)
+        assert told is None or len(told) == len(pairs)
+        return told
+
+    return likelihoods
 
 
 def untrained(cfg: ModelConfig, seed: int) -> Weights:

@@ -7,11 +7,13 @@ from llm_jax import exit_codes
 from llm_jax.command_line import Parser
 from llm_jax.report.page import render
 from llm_jax.report.record import read
+from llm_jax.report.screenshot import take
 
 _EXAMPLES = """\
   llm-jax report runs/quickstart                        writes runs/quickstart/report.html
   llm-jax report runs/narrow runs/wide                  compares them, in runs/comparison.html
-  llm-jax report runs/quickstart --svg pictures         the curves as pictures too (needs matplotlib)"""
+  llm-jax report runs/quickstart --svg pictures         the curves as pictures too (needs matplotlib)
+  llm-jax report runs/quickstart --screenshot page.png  the page as a picture too (needs a browser)"""
 
 
 class ReportError(exit_codes.Failure):
@@ -38,6 +40,9 @@ def main(argv: Sequence[str]) -> int:
     pictures = parser.add_mutually_exclusive_group()
     pictures.add_argument("--svg", type=Path, metavar="DIR", help="write each chart as an SVG picture into DIR too")
     pictures.add_argument("--png", type=Path, metavar="DIR", help="write each chart as a PNG picture into DIR too")
+    parser.add_argument(
+        "--screenshot", type=Path, metavar="FILE", help="write the upper part of the page as a PNG picture too"
+    )
     arguments = parser.read(argv)
     records = [read(directory) for directory in dict.fromkeys(arguments.run_dirs)]
     out = arguments.out or default_out([record.directory for record in records])
@@ -50,6 +55,9 @@ def main(argv: Sequence[str]) -> int:
             written += draw(records, folder, "svg" if arguments.svg else "png")
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(render(records, out), encoding="utf-8")
+        if arguments.screenshot is not None:
+            take(out, arguments.screenshot)
+            written.append(arguments.screenshot)
     except OSError as error:
         raise ReportError(f"{error.filename or out} cannot be written: {error.strerror}") from None
     for path in written:

@@ -56,6 +56,10 @@ class Chart:
     references: Sequence[Reference] = ()
     skipped: Sequence[float] = ()
     """Steps of skipped updates."""
+    went_back: Sequence[float] = ()
+    """Steps to which a run went back."""
+    best: tuple[float, float] | None = None
+    """Step and value of the best evaluation of one run."""
 
 
 def charts(records: Sequence[Record]) -> list[Chart]:
@@ -121,7 +125,8 @@ def _loss(records: Sequence[Record], last: float) -> Chart | None:
     else:
         note += "Held-out text is never trained on."
     skipped = np.concatenate([record.skipped for record in records])
-    return _chart("loss", "Loss", note, series, last, format="loss", skipped=skipped)
+    went_back = [number(back.get("to_step")) for record in records for back in record.rollbacks]
+    return _chart("loss", "Loss", note, series, last, format="loss", skipped=skipped, went_back=went_back)
 
 
 def _accuracy(records: Sequence[Record], last: float) -> Chart | None:
@@ -131,8 +136,9 @@ def _accuracy(records: Sequence[Record], last: float) -> Chart | None:
         for run, record in enumerate(records)
         if record.masked
     ]
+    evaluated, best = _evaluated(records, "accuracy", masked=True)
     note = "Share of hidden tokens of text it has not seen that the model guesses right; higher is better."
-    return _chart("accuracy", "Held-out accuracy", note, series, last, format="bits", low=0)
+    return _chart("accuracy", "Held-out accuracy", note, [*series, *evaluated], last, format="bits", low=0, best=best)
 
 
 def _bits(records: Sequence[Record], last: float) -> Chart | None:
@@ -140,15 +146,41 @@ def _bits(records: Sequence[Record], last: float) -> Chart | None:
     for run, record in enumerate(records):
         name = record.name if len(records) > 1 else "held out"
         series.append(_series(record.looks, "bits_per_byte", name, run, "line"))
-        if len(records) == 1:
-            scored = [row for row in record.evaluations if row.get("split") == "test"]
-            x, y = (np.asarray([number(row.get(key)) for row in scored]) for key in ("step", "bits_per_byte"))
-            series.append(Series("test text", x, y, run, "dots"))
+    evaluated, best = _evaluated(records, "bits_per_byte", masked=False)
     references = _compressors(records)
     note = "Bits the model needs for a byte of text it has not seen, whatever its vocabulary; lower is better."
     if references:
         note += " The dotted lines are what general-purpose compressors need for the test text."
-    return _chart("bits_per_byte", "Held-out bits per byte", note, series, last, format="bits", references=references)
+    return _chart(
+        "bits_per_byte",
+        "Held-out bits per byte",
+        note,
+        [*series, *evaluated],
+        last,
+        format="bits",
+        references=references,
+        best=best,
+    )
+
+
+def _evaluated(
+    records: Sequence[Record], column: str, *, masked: bool
+) -> tuple[list[Series], tuple[float, float] | None]:
+    """A figure of one run's evaluations by split, and where the best of those is that a watcher made."""
+    if len(records) > 1 or records[0].masked != masked:
+        return [], None
+    (record,) = records
+    series = []
+    styles: dict[str, Style] = {"validation": "dashed", "test": "dots"}
+    for split, style in styles.items():
+        rows = [row for row in record.evaluations if row["split"] == split]
+        x, y = (np.asarray([number(row.get(key)) for row in rows]) for key in ("step", column))
+        series.append(Series(f"{split} text", x, y, 0, style))
+    best = next((record.best[split] for split in ("validation", "test") if split in record.best), None)
+    if best is None:
+        return series, None
+    value = next(row.get(column) for row in record.evaluations if (row["step"], row["split"]) == best[:2])
+    return series, (float(best.step), number(value))
 
 
 def _rate(records: Sequence[Record], last: float) -> Chart | None:
@@ -244,6 +276,8 @@ def _chart(
     format: Format = "short",
     references: Sequence[Reference] = (),
     skipped: Sequence[float] | np.ndarray = (),
+    went_back: Sequence[float] = (),
+    best: tuple[float, float] | None = None,
     low: float | None = None,
 ) -> Chart | None:
     """The chart with its ranges, from `low` on if that is given; None where no series has a point to draw."""
@@ -262,6 +296,8 @@ def _chart(
         format=format,
         references=references,
         skipped=[float(step) for step in skipped],
+        went_back=[step for step in went_back if math.isfinite(step)],
+        best=best if best is not None and math.isfinite(best[1]) else None,
     )
 
 

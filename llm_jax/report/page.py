@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from llm_jax.report import html, sections
+from llm_jax.report import html, scores, sections
 from llm_jax.report.experts import experts
 from llm_jax.report.record import Record
 
@@ -18,8 +18,11 @@ def render(records: Sequence[Record], out: Path) -> str:
         sections.header(records),
         top,
         sections.curves(records),
+        sections.rollbacks(records),
         experts(records),
         sections.samples(records),
+        scores.suite(records),
+        scores.tasks(records),
         sections.evaluation(records),
         sections.configuration(records),
         sections.environment(records),

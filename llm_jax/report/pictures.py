@@ -65,6 +65,13 @@ def _fill(axes: "Axes", chart: Chart) -> None:
         bottom = np.zeros(len(chart.skipped))
         marks = axes.plot(chart.skipped, bottom, "|", color=ALARM, clip_on=False, label="skipped, not finite")[0]
         marks.set_transform(axes.get_xaxis_transform())
+    for n, step in enumerate(chart.went_back):
+        axes.axvline(
+            step, color=ALARM, linewidth=1, linestyle=(0, (4, 4)), label="went back to here" if n == 0 else None
+        )
+    if chart.best is not None:
+        ring = axes.plot(*chart.best, "o", label=f"best, step {chart.best[0]:,.0f}")[0]
+        ring.set(markersize=9, markerfacecolor="none", markeredgecolor=COLOURS[1], markeredgewidth=2)
     axes.set(yscale=chart.scale, xlim=chart.x_range, ylim=chart.y_range, xlabel="step")
     axes.set_xticks(ticks(*chart.x_range, "linear"))
     axes.set_yticks(ticks(*chart.y_range, chart.scale))
@@ -78,7 +85,7 @@ def _fill(axes: "Axes", chart: Chart) -> None:
     axes.spines["bottom"].set_color(GRID)
     axes.tick_params(length=0, colors=QUIET)
     axes.xaxis.label.set_color(QUIET)
-    if len(chart.series) > 1 or chart.skipped:
+    if len(chart.series) > 1 or chart.skipped or chart.went_back or chart.best is not None:
         axes.legend(frameon=False, labelcolor=INK)
 
 

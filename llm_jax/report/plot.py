@@ -74,6 +74,14 @@ def _svg(chart: Chart) -> Element:
     if chart.skipped:
         x = _across(np.asarray(chart.skipped), chart.x_range, "linear")
         curves.append(element("path", {"class": "skipped", "d": "".join(f"M{a:.1f} {SIDE}v-{SIDE // 20}" for a in x)}))
+    if chart.went_back:
+        x = _across(np.asarray(chart.went_back), chart.x_range, "linear")
+        curves.append(element("path", {"class": "went-back", "d": "".join(f"M{a:.1f} 0V{SIDE}" for a in x)}))
+    if chart.best is not None:
+        x = _across(np.asarray(chart.best[:1]), chart.x_range, "linear")
+        y = SIDE - _across(np.asarray(chart.best[1:]), chart.y_range, chart.scale)
+        for name in ("best", "best inner"):  # a ring, drawn as a dot on a dot
+            curves.append(element("path", {"class": name, "d": path(x, y, dots=True)}))
     grid = element("g", {"class": "grid"})
     for value in ticks(*chart.y_range, chart.scale):
         y = _across(np.asarray([value]), chart.y_range, chart.scale)[0]
@@ -116,6 +124,12 @@ def _legend(chart: Chart) -> Element:
     ]
     if chart.skipped:
         items.append(element("li", None, element("i", {"class": "swatch skipped"}), "skipped, not finite"))
+    if chart.went_back:
+        items.append(element("li", None, element("i", {"class": "swatch went-back"}), "went back to here"))
+    if chart.best is not None:
+        step, value = chart.best
+        text = element("b", None, value_text(value, chart.format))
+        items.append(element("li", None, element("i", {"class": "swatch best"}), f"best, step {step:,.0f} ", text))
     return element("ul", {"class": "legend"}, *items)
 
 

@@ -1,6 +1,7 @@
 """What a run directory says of a run: of a finished one, of one under way, of one that has only just begun."""
 
 import array
+import collections
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,13 +14,13 @@ import pydantic
 from pydantic_core import from_json
 
 from llm_jax.config import ConfigError
+from llm_jax.eval.history import EVALUATIONS, ROLLBACKS, Best, best_of, lines, standing
 from llm_jax.model.config import ModelConfig
 from llm_jax.train import flops
 from llm_jax.train.environment import ENVIRONMENT
 from llm_jax.train.metrics import METRICS, VALIDATION
 
 CONFIG = "config.json"
-EVALUATION = "eval.jsonl"
 
 # Floats by name, all of one length; NaN is what is not known or not finite.
 Columns = Mapping[str, np.ndarray]
@@ -41,7 +42,9 @@ class Record:
     looks: Columns
     """validation.jsonl's lines, in the order of their steps."""
     evaluations: Sequence[Mapping[str, Any]]
-    """eval.jsonl's newest row of held-out text for each step and split, in that order."""
+    """eval.jsonl's newest row of held-out text for each step and split, in that order; none of what was left behind."""
+    rollbacks: Sequence[Mapping[str, Any]]
+    """rollbacks.jsonl's lines."""
     attempts: Sequence[Mapping[str, Any]]
     """environment.json's attempts, the oldest first."""
     expert_load: Sequence[float]
@@ -94,6 +97,13 @@ class Record:
         except pydantic.ValidationError:
             return None
 
+    @property
+    def best(self) -> Mapping[str, Best]:
+        """The best evaluation of each split on which there are several."""
+        splits = collections.Counter(row["split"] for row in self.evaluations)
+        found = {split: best_of(self.evaluations, split) for split, n in splits.items() if n > 1}
+        return {split: best for split, best in found.items() if best is not None}
+
     def newest(self, split: str) -> Mapping[str, Any] | None:
         """The evaluation of the highest step on a split."""
         return next((row for row in reversed(self.evaluations) if row.get("split") == split), None)
@@ -107,12 +117,14 @@ def read(directory: str | Path) -> Record:
     if not any((path / name).exists() for name in (CONFIG, METRICS)):
         raise ConfigError(f"{path}: holds no run: there is neither {CONFIG} nor {METRICS}")
     attempts = _object(path / ENVIRONMENT).get("attempts")
+    rollbacks = lines(path / ROLLBACKS)
     return Record(
         directory=path,
         config=_object(path / CONFIG),
         updates=read_columns(path / METRICS, UPDATES),
         looks=read_columns(path / VALIDATION, LOOKS),
-        evaluations=_newest_rows(path / EVALUATION),
+        evaluations=standing(lines(path / EVALUATIONS), rollbacks),
+        rollbacks=rollbacks,
         attempts=[a for a in attempts if isinstance(a, dict)] if isinstance(attempts, list) else [],
         expert_load=_last_load(path / METRICS),
     )
@@ -154,15 +166,6 @@ def _last_load(path: Path) -> Sequence[float]:
     for line in _lines(path, from_json, last_bytes=1 << 20):
         load = line.get("expert_load", load)
     return [number(share) for share in load] if isinstance(load, list) else []
-
-
-def _newest_rows(path: Path) -> list[Mapping[str, Any]]:
-    newest: dict[tuple[float, str], Mapping[str, Any]] = {}
-    for row in _lines(path, json.loads):
-        if "lm_eval" in row:  # figures of another harness, of no text of the run's
-            continue
-        newest[number(row.get("step")), str(row.get("split"))] = row
-    return [newest[key] for key in sorted(newest) if math.isfinite(key[0])]
 
 
 def _lines(path: Path, parse: Callable[[bytes], Any], last_bytes: int | None = None) -> Iterator[Mapping[str, Any]]:

@@ -11,7 +11,8 @@ from xml.etree.ElementTree import Element
 from llm_jax.report import words
 from llm_jax.report.curves import charts
 from llm_jax.report.html import Child, element, table
-from llm_jax.report.plot import colour, figure
+from llm_jax.report.parts import named, section
+from llm_jax.report.plot import figure
 from llm_jax.report.record import Record, number
 from llm_jax.report.words import UNKNOWN, count, fixed, percent
 
@@ -20,12 +21,19 @@ FILES = {
     "metrics.jsonl": "one line an update",
     "validation.jsonl": "one line a look at held-out text",
     "eval.jsonl": "one line an evaluation, with its sample",
+    "best.json": "the best of the checkpoints that were evaluated as they came",
+    "rollbacks.jsonl": "one line each time that the run went back",
     "environment.json": "what each attempt ran on",
     "checkpoints": "the states to go on from, to evaluate and to generate with",
     "tokenizer.model": "how text becomes tokens, for sentencepiece",
     "tensorboard": "the same curves for TensorBoard",
     "profile": "the profiler's traces",
+    "heartbeats": "where each process of the newest attempt was last seen",
+    "stalls": "of attempts that stood still, every thread's stack",
 }
+
+# Evaluations that are shown at once.
+MOST_ROWS = 12
 
 
 def header(records: Sequence[Record]) -> Element:
@@ -67,7 +75,7 @@ def comparison(records: Sequence[Record]) -> Element:
         held_out = record.looks["loss"]
         rows.append(
             [
-                _named(record, run),
+                named(record, run),
                 element("strong" if own == best else "span", None, percent(own) if masked else fixed(own, 3)),
                 fixed(test.get("loss"), 3),
                 fixed(held_out[-1], 3) if len(held_out) else UNKNOWN,
@@ -89,17 +97,34 @@ def comparison(records: Sequence[Record]) -> Element:
         "Time",
         "Updates",
     )
-    return _section("Side by side", table(head, rows, {"class": "numbers"}))
+    return section("Side by side", table(head, rows, {"class": "numbers"}))
 
 
 def curves(records: Sequence[Record]) -> Element:
     """Every chart there is something to show in."""
     drawn = [figure(chart) for chart in charts(records)]
     if not drawn:
-        return _section("Curves", element("p", {"class": "empty"}, "No update has been recorded yet."))
+        return section("Curves", element("p", {"class": "empty"}, "No update has been recorded yet."))
     hint = element("p", {"class": "hint"}, "Move over a chart to read it off; drag to look closer. ")
     hint.append(element("button", {"class": "all-steps", "type": "button"}, "Show all steps"))
-    return _section("Curves", hint, element("div", {"class": "charts"}, *drawn))
+    return section("Curves", hint, element("div", {"class": "charts"}, *drawn))
+
+
+def rollbacks(records: Sequence[Record]) -> Element | None:
+    """Every time that a run went back; None where none did."""
+    rows: list[list[Child]] = []
+    for run, record in enumerate(records):
+        for back in record.rollbacks:
+            came = f"step {count(back.get('from_step'))}"
+            gone = [count(back.get(name)) for name in ("skipped", "to_step", "next_batch")]
+            rows.append([named(record, run, came) if len(records) > 1 else came, *gone, words.moment(back.get("time"))])
+    if not rows:
+        return None
+    about = (
+        "Too many updates were skipped: the run went back to a checkpoint before them, and on with the batches after."
+    )
+    head = ("Went back from", "Updates skipped", "To step", "On with batch", "When (UTC)")
+    return section("Rollbacks", element("p", {"class": "note"}, about), table(head, rows, {"class": "numbers"}))
 
 
 def evaluation(records: Sequence[Record]) -> Element:
@@ -108,16 +133,22 @@ def evaluation(records: Sequence[Record]) -> Element:
     per_byte = not all(record.masked for record in records)
     rows: list[list[Child]] = []
     for run, record in enumerate(records):
+        best = {(best.step, best.split) for best in record.best.values()}
         for row in sorted(record.evaluations, key=lambda row: (-number(row["step"]), str(row.get("split")))):
             text = f"step {count(row.get('step'))}, {row.get('split', UNKNOWN)}"
-            rows.append([_named(record, run, text) if several else text, *_scores(row, per_byte)])
+            text += ", the best" * ((row["step"], row.get("split")) in best)
+            rows.append([named(record, run, text) if several else text, *_scores(row, per_byte)])
     if not rows:
         command = element("code", None, f"llm-jax eval {records[0].directory}")
         none = element("p", {"class": "empty"}, "Not evaluated yet: ", command, " scores the newest checkpoint.")
-        return _section("Evaluation", none)
+        return section("Evaluation", none)
     beside = ("Bits per byte", "zlib -9", "lzma") if per_byte else ()
     head = ("", *beside, "Loss", "Perplexity", "Accuracy", "Tokens", "Bytes")
-    parts: list[Child] = [table(head, rows, {"class": "numbers"})]
+    shown = len(rows) if several else MOST_ROWS
+    parts: list[Child] = [table(head, rows[:shown], {"class": "numbers"})]
+    if rows[shown:]:
+        summary = element("summary", None, f"{len(rows) - shown} earlier ones")
+        parts.append(element("details", None, summary, table(head, rows[shown:], {"class": "numbers"})))
     told: dict[str, list[str]] = {}
     for record in records:
         sentence = words.leak(record.newest("test") or {})
@@ -126,7 +157,7 @@ def evaluation(records: Sequence[Record]) -> Element:
     for sentence, names in told.items():  # runs on the same text share a sentence
         shared = len(told) == 1
         parts.append(element("p", {"class": "note"}, sentence if shared else f"{', '.join(names)}: {sentence}"))
-    return _section("Evaluation", *parts)
+    return section("Evaluation", *parts)
 
 
 def samples(records: Sequence[Record]) -> Element | None:
@@ -139,7 +170,7 @@ def samples(records: Sequence[Record]) -> Element | None:
         written = element("pre", {"class": "sample"}, *_written(row["sample"]))
         if len(records) > 1:
             folded = {} if parts else {"open": "open"}
-            written = element("details", folded, element("summary", None, _named(record, run)), written)
+            written = element("details", folded, element("summary", None, named(record, run)), written)
         parts.append(written)
     told = {
         "Marked is what was hidden: the model's guess, and struck out what was there if that is something else."
@@ -148,27 +179,27 @@ def samples(records: Sequence[Record]) -> Element | None:
         for record in records
     }
     about = element("p", {"class": "note"}, " ".join(sorted(told, reverse=True)))
-    return _section("What it writes", about, *parts) if parts else None
+    return section("What it writes", about, *parts) if parts else None
 
 
 def configuration(records: Sequence[Record]) -> Element:
     """One run's config by section; of several what differs, and each one whole behind a click."""
     if not any(record.config for record in records):
-        return _section("Configuration", element("p", {"class": "empty"}, "Not recorded."))
+        return section("Configuration", element("p", {"class": "empty"}, "Not recorded."))
     if len(records) == 1:
         hint = element("p", {"class": "note"}, "Bold is what differs from the defaults.")
-        return _section("Configuration", hint, _config(records[0]))
+        return section("Configuration", hint, _config(records[0]))
     rows = [(path, *values) for path, values in words.differences(records)]
-    names = [_named(record, run) for run, record in enumerate(records)]
+    names = [named(record, run) for run, record in enumerate(records)]
     differing = (
         table(["Field", *names], rows) if rows else element("p", {"class": "empty"}, "The configs are the same.")
     )
     whole = [
-        element("details", None, element("summary", None, _named(record, run)), _config(record))
+        element("details", None, element("summary", None, named(record, run)), _config(record))
         for run, record in enumerate(records)
         if record.config
     ]
-    return _section("Configuration: what differs", differing, *whole)
+    return section("Configuration: what differs", differing, *whole)
 
 
 def environment(records: Sequence[Record]) -> Element:
@@ -176,11 +207,11 @@ def environment(records: Sequence[Record]) -> Element:
     facts = [dict(_facts(record.attempts)) for record in records]
     names = list(dict.fromkeys(name for own in facts for name in own))
     if not names:
-        return _section("Environment", element("p", {"class": "empty"}, "Not recorded."))
+        return section("Environment", element("p", {"class": "empty"}, "Not recorded."))
     rows = [(name, *(own.get(name, UNKNOWN) for own in facts)) for name in names]
     if len(records) > 1:
-        head = ["", *(_named(record, run) for run, record in enumerate(records))]
-        return _section("Environment", table(head, rows, {"class": "facts"}))
+        head = ["", *(named(record, run) for run, record in enumerate(records))]
+        return section("Environment", table(head, rows, {"class": "facts"}))
     parts = [table((), rows, {"class": "facts"})]
     attempts = records[0].attempts
     if len(attempts) > 1:
@@ -188,19 +219,19 @@ def environment(records: Sequence[Record]) -> Element:
         lines = [(_moment(a.get("started")), _text(a.get("restored_step")), _commit(a), _devices(a)) for a in attempts]
         parts.append(element("p", {"class": "note"}, about))
         parts.append(table(("Started", "After step", "Commit", "Devices"), lines))
-    return _section("Environment", *parts)
+    return section("Environment", *parts)
 
 
 def files(records: Sequence[Record], out: Path) -> Element:
     """Where everything lies; links lead there from the report's own place."""
     if len(records) > 1:
-        places = [(_named(r, run), _link(r.directory, out, str(r.directory))) for run, r in enumerate(records)]
-        return _section("Files", table((), places, {"class": "facts"}))
+        places = [(named(r, run), _link(r.directory, out, str(r.directory))) for run, r in enumerate(records)]
+        return section("Files", table((), places, {"class": "facts"}))
     directory = records[0].directory
     rows = [
         (_link(directory / name, out, name), meaning) for name, meaning in FILES.items() if (directory / name).exists()
     ]
-    return _section("Files", table((), [("run directory", str(directory)), *rows], {"class": "facts"}))
+    return section("Files", table((), [("run directory", str(directory)), *rows], {"class": "facts"}))
 
 
 def _verdict(record: Record) -> Element:
@@ -318,17 +349,3 @@ def _text(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_text(item)}" for name, item in value.items() if item is not None) or "none"
     return UNKNOWN if value is None else str(value)
-
-
-def _named(record: Record, run: int, text: str = "") -> Element:
-    return element(
-        "span",
-        {"class": "run"},
-        element("i", {"class": f"swatch line {colour(run)}"}),
-        record.name,
-        f" {text}" * bool(text),
-    )
-
-
-def _section(title: str, *children: Child) -> Element:
-    return element("section", None, element("h2", None, title), *children)

@@ -84,6 +84,14 @@ def date(record: Record) -> str | None:
     return f"{day.day} {day:%B %Y}"
 
 
+def moment(seconds: Any) -> str:
+    """Seconds since 1970 as 2026-11-22 03:20."""
+    known = number(seconds)
+    if not 0 <= known < 1e11:
+        return UNKNOWN
+    return f"{datetime.datetime.fromtimestamp(known, datetime.UTC):%Y-%m-%d %H:%M}"
+
+
 def headline(record: Record) -> list[Figure]:
     """The figures that are known; losses on test text if it was scored, else on held-out text, else in training."""
     scored, split = best_scored(record)
@@ -102,14 +110,17 @@ def headline(record: Record) -> list[Figure]:
         figures.append(Figure(percent(used), "of the devices' peak (MFU), median"))
     if len(record.skipped):
         figures.append(Figure(f"{len(record.skipped):,}", "updates skipped, not finite"))
+    if record.rollbacks:
+        figures.append(Figure(f"{len(record.rollbacks):,}", "times the run went back"))
     return [figure for figure in figures if figure.value != UNKNOWN]
 
 
 def best_scored(record: Record) -> tuple[Mapping[str, Any], str]:
     """The figures that say most of the model, and on which text they are."""
-    test = record.newest("test")
-    if test is not None:
-        return test, "test"
+    for split in ("test", "validation"):
+        scored = record.newest(split)
+        if scored is not None:
+            return scored, split
     if len(record.looks["step"]):
         return {name: column[-1] for name, column in record.looks.items()}, "held-out"
     known = np.flatnonzero(np.isfinite(record.updates["loss"]))

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 
 from llm_jax import durable, exit_codes
 from llm_jax.checkpoint import Checkpoints
+from llm_jax.eval.history import ROLLBACKS
 from llm_jax.train.ledger import Wish
 from llm_jax.train.state import TrainState
-
-ROLLBACKS = "rollbacks.jsonl"
 
 
 class GivenUp(exit_codes.Failure):
