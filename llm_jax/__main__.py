@@ -20,6 +20,7 @@ VERBS = {
     "train": "train what a config describes, or go on with it where it stopped",
     "eval": "score a checkpoint on held-out text",
     "generate": "continue prompts with text from a checkpoint",
+    "plan": "does it fit, what does it communicate, how fast could it be: for hardware that is not here",
     "launch": "train on many machines: Slurm, Kubernetes, or a rehearsal on this one",
     "report": "one HTML page from run directories: curves, figures, configs",
 }
@@ -69,6 +70,10 @@ def run_verb(argv: Sequence[str]) -> int:
             from llm_jax.eval import cli as evaluation
 
             return evaluation.generate(rest)
+        case "plan":
+            from llm_jax.plan import cli as plan
+
+            return plan.main(rest)
         case "launch":
             from llm_jax.launch import cli as launch
 
