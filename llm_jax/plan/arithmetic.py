@@ -21,7 +21,7 @@ def product_flops(jaxpr: Jaxpr, ragged_share: float = 1.0) -> float:
                 total += _dot(equation)
             case "ragged_dot_general":
                 total += _ragged_dot(equation) * ragged_share
-        inner = [product_flops(body, ragged_share) for body in _bodies(equation)]
+        inner = [product_flops(body, ragged_share) for body in bodies(equation)]
         total += _times(equation) * (max(inner, default=0) if equation.primitive.name == "cond" else sum(inner))
     return total
 
@@ -54,7 +54,8 @@ def _times(equation: JaxprEqn) -> int:
     return 1
 
 
-def _bodies(equation: JaxprEqn) -> Iterator[Jaxpr]:
+def bodies(equation: JaxprEqn) -> Iterator[Jaxpr]:
+    """The jaxprs that an equation runs: a loop's, a choice's, a function's."""
     for value in equation.params.values():
         yield from _jaxprs(value)
 

@@ -23,7 +23,17 @@ from llm_jax.run import Run
 FORMAT = 1
 # The wheels that compile for a platform, and the extra that brings them.
 _WHEELS = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins.xla_cuda13", "cuda-plan")}
+_READERS = ("arithmetic", "arrays", "chips", "collectives", "hlo", "traffic", "worker")
 _VERSIONS = ("jax", "jaxlib", "libtpu", "jax-cuda13-pjrt", "flax", "optax")
+# The modules that make the program, and those that read it.
+_SOURCES = (
+    "*.py",
+    "model/*.py",
+    "objective/*.py",
+    "optim/*.py",
+    "train/*.py",
+    *(f"plan/{name}.py" for name in _READERS),
+)
 # What changes nothing about the program, or only where its files are.
 _NOT_COMPILED = ("name", "run_dir", "checkpoint", "watchdog", "eval", "logging", "tokenizer")
 
@@ -45,9 +55,10 @@ class Compiled(NamedTuple):
     """Bytes of a device's memory, at the peak; None where the compiler refused and did not say."""
     refused: bool
     """The compiler itself found it too large."""
-    memory: dict[str, int]
-    """arguments, outputs, aliased, temporaries, code, peak; empty where refused."""
+    memory: dict[str, int | None]
+    """arguments, outputs, aliased, temporaries, code, peak; of what was refused arguments and temporaries (or None)."""
     temporaries: tuple[Temporary, ...]
+    """The largest; of what was refused as traced, on a device."""
     collectives: tuple[Collective, ...]
     unknown_loops: int
     """Loops whose turns are not known; they count once."""
@@ -92,7 +103,8 @@ def key(run: Run, topology: Topology) -> str:
     flags = [os.environ.get(name) for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     told = json.dumps([FORMAT, tree, topology.text, versions(), flags], sort_keys=True)
     digest = hashlib.sha256(told.encode())
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+    package = Path(__file__).parents[1]
+    for path in sorted(path for pattern in _SOURCES for path in package.glob(pattern)):
         digest.update(path.read_bytes())
     return f"{run.name}-{topology.text.replace(':', '-')}-{digest.hexdigest()[:16]}"
 
@@ -131,11 +143,15 @@ def _ask(run: Run, topology: Topology) -> dict[str, Any]:
 
 def _read(answer: dict[str, Any]) -> Compiled:
     refused = answer.get("too_large")
-    memory = answer.get("memory", {})
+    memory = refused or answer["memory"]
+    if refused is None:
+        needs = memory["peak"]
+    else:
+        needs = None if refused["temporaries"] is None else refused["arguments"] + refused["temporaries"]
     return Compiled(
         flops=answer["flops"],
         seconds=answer["seconds"],
-        needs=refused["needs"] if refused else memory["peak"],
+        needs=needs,
         refused=refused is not None,
         memory=memory,
         temporaries=tuple(Temporary(*each) for each in answer["temporaries"]),

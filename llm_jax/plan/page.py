@@ -55,12 +55,14 @@ def state_table(plan: Plan) -> Table:
 def memory_table(plan: Plan) -> Table:
     """A device's memory as the compiler counts it, against what there is."""
     table = _table("memory of a device, compiled", "bytes", "of what it has")
-    told = plan.compiled.memory
-    if told:
-        table.add_row("arguments: state and batch", size(told["arguments"]), "")
-        table.add_row("outputs that are no argument's", size(told["outputs"] - told["aliased"]), "")
-        table.add_row("temporaries", size(told["temporaries"]), "")
-        table.add_row("code", size(told["code"]), "")
+    parts = {name: value or 0 for name, value in plan.compiled.memory.items()}
+    table.add_row("arguments: state and batch", size(parts["arguments"]), "")
+    if not plan.compiled.refused:
+        table.add_row("outputs that are no argument's", size(parts["outputs"] - parts["aliased"]), "")
+    told = plan.compiled.memory["temporaries"]
+    table.add_row("temporaries", "not said" if told is None else size(told), "")
+    if not plan.compiled.refused:
+        table.add_row("code", size(parts["code"]), "")
     needs = plan.compiled.needs
     table.add_row(
         "peak", "not said" if needs is None else size(needs), "" if needs is None else f"{needs / plan.has:.0%}"

@@ -57,7 +57,7 @@ def make_plan(run: Run, topology: Topology, report: Callable[[str], None]) -> Pl
     """Compiles, or finds what was compiled before, and adds up. Raises ConfigError, Impossible."""
     axes = fit_mesh(run, topology)
     resolved = run.model_copy(update={"model": resolve(run.model, topology.chip.platform, axes["expert"])})
-    told = compiled(run, topology, report)
+    told = compiled(resolved, topology, report)
     line = None if told.refused else roofline(resolved, topology, told.flops, told.moved_bytes, told.collectives)
     return Plan(resolved, topology, axes, leaves(resolved, axes), told, memory_of(topology), line)
 

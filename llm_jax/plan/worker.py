@@ -85,6 +85,7 @@ def answer(run: Run, topology: Topology) -> dict[str, Any]:
     from llm_jax.mesh import make_mesh
     from llm_jax.model.backends import resolve
     from llm_jax.plan.arithmetic import product_flops
+    from llm_jax.plan.arrays import bytes_on_a_device, largest_arrays
     from llm_jax.train.start import trace_step
 
     try:
@@ -105,7 +106,10 @@ def answer(run: Run, topology: Topology) -> dict[str, Any]:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return facts | too_large(str(error)) | {"seconds": time.monotonic() - started}
+            arguments = sum(bytes_on_a_device(aval) for aval in traced.jaxpr.in_avals)
+            facts["too_large"] = {"arguments": arguments, "temporaries": too_large(str(error))}
+            facts["temporaries"] = [list(each) for each in largest_arrays(traced.jaxpr.jaxpr, N_TEMPORARIES)]
+            return facts | {"seconds": time.monotonic() - started}
     domains = [getattr(device, "slice_index", 0) or 0 for device in mesh.devices.flat]
     facts |= read(compiled, lowered, dict(mesh.shape), domains)
     return facts | {"seconds": time.monotonic() - started}
@@ -144,25 +148,10 @@ def memory(stats: Any) -> dict[str, int]:
     return parts | {"peak": sum(parts.values()) - 2 * parts["aliased"]}
 
 
-def too_large(message: str) -> dict[str, Any]:
-    """What XLA says of a program that does not fit: how much it needs, and its largest arrays."""
-    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
-    temporaries = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
-    needs = used or temporaries
-    largest = re.findall(
-        r"Size: ([\d.]+)([KMGT]?)\b.*?(?:op_name=\"([^\"]*)\".*?)?Shape: (\S+)", message, flags=re.DOTALL
-    )
-    return {
-        "too_large": {"needs": _bytes(needs[1], needs[2]) if needs else None, "all_of_it": used is not None},
-        "temporaries": [
-            [_bytes(size, unit), f"{shape.partition('{')[0]} {'/'.join(origin.split('/')[-2:])}".strip()]
-            for size, unit, origin, shape in largest
-        ][:N_TEMPORARIES],
-    }
-
-
-def _bytes(number: str, unit: str) -> int:
-    return int(float(number) * _UNITS[unit])
+def too_large(message: str) -> int | None:
+    """Bytes that XLA would need for temporaries, from what it says of a program that does not fit; None if nothing."""
+    said = re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\)", message)
+    return None if said is None else int(float(said[1]) * _UNITS[said[2]])
 
 
 def _line(error: Exception) -> str:
