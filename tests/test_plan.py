@@ -13,6 +13,7 @@ from llm_jax.exit_codes import DONE, NO, USAGE
 from llm_jax.mesh import make_mesh
 from llm_jax.model.config import LayerConfig, ModelConfig, MoeConfig
 from llm_jax.plan import chips
+from llm_jax.plan import compile as compiling
 from llm_jax.plan.account import leaves, replicated_share, whole_on_devices
 from llm_jax.plan.arithmetic import product_flops
 from llm_jax.plan.compile import Compiled
@@ -218,6 +219,12 @@ def test_a_mesh_leaves_no_device_out() -> None:
 def test_a_wrong_topology_is_told_in_a_line(capsys, topology: str, told: str) -> None:
     code, _, err = plan(capsys, TINY, "--topology", topology)
     assert (code, err) == (USAGE, f"{told}\n")
+
+
+def test_a_missing_compiler_names_its_extra(capsys, monkeypatch) -> None:
+    monkeypatch.setitem(compiling._WHEELS, "tpu", ("no_such_wheel", "tpu"))
+    code, _, err = plan(capsys, TINY, "--topology", "v5p:2x2x1")
+    assert (code, err) == (NO, "--topology v5p:2x2x1 needs the extra tpu: python3 dev.py setup tpu\n")
 
 
 def test_a_torus_that_is_whole_sends_both_ways() -> None:
