@@ -1,7 +1,6 @@
 """`llm-jax plan`: what it says is what the step is; what does not fit is told, with what is missing and what helps."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,9 +18,9 @@ from llm_jax.plan.arithmetic import product_flops
 from llm_jax.plan.compile import Compiled
 from llm_jax.plan.fit import changes
 from llm_jax.plan.memory import estimate
-from llm_jax.plan.plan import Plan, fit_mesh
+from llm_jax.plan.plan import Plan, fit_mesh, make_plan
 from llm_jax.plan.roofline import roofline
-from llm_jax.run import Run, axis_sizes, mesh_sizes
+from llm_jax.run import Run, axis_sizes, from_command_line, mesh_sizes
 from llm_jax.train import flops
 from llm_jax.train.config import MeshConfig, TrainConfig
 from llm_jax.train.start import trace_step
@@ -269,12 +268,9 @@ def test_small_configs_compile_for_tpus(capsys, name: str, topology: str, overri
 
 
 @pytest.mark.slow
-def test_a_tpus_compiler_tells_what_a_step_would_need(capsys) -> None:
-    arguments = (TINY, "mesh.data=1", "train.batch_rows=8192", "data.seq_len=512", "eval.batch_rows=8")
-    code, out, err = plan(capsys, *arguments, "--topology", "v5e:1x1", "--json")
-    told = json.loads(out)
-    assert code == NO and not told["fits"]
-    assert told["memory"]["needs"] > told["memory"]["has"] and told["memory"]["missing"] > 0
-    assert "are missing" in err.splitlines()[-1]
-    assert told["largest_temporaries"][0][1] > 2**30
-    assert Path(TINY).exists() and told["change"] is not None
+def test_a_tpus_compiler_tells_what_a_step_would_need() -> None:
+    overrides = ["mesh.data=1", "train.batch_rows=8192", "data.seq_len=512", "eval.batch_rows=8"]
+    told = make_plan(from_command_line(TINY, overrides), chips.parse("v5e:1x1"), report=lambda _: None)
+    assert not told.fits and told.compiled.refused and told.roofline is None
+    assert told.compiled.needs is not None and told.missing == told.compiled.needs - told.has > 0
+    assert told.compiled.temporaries[0].bytes > 2**30

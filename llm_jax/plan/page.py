@@ -101,8 +101,11 @@ def speed_table(plan: Plan) -> Table:
     table.add_row("network", f"{size(sent[False])} a device", seconds(line.network))
     if sent[True]:
         table.add_row("slow network", f"{size(sent[True])} a device", seconds(line.slow_network))
-    for told, step, share in (("overlaps", line.best, line.best_mfu), ("follows", line.worst, line.worst_mfu)):
-        table.add_row(f"if all {told}", f"{line.tokens / step:,.0f} tokens/s, MFU {share:.0%}", seconds(step))
+    for told, step, share in (
+        ("everything overlaps", line.best, line.best_mfu),
+        ("nothing does", line.worst, line.worst_mfu),
+    ):
+        table.add_row(f"if {told}", f"{line.tokens / step:,.0f} tokens/s, MFU {share:.0%}", seconds(step))
     peak = peak_flops(plan.topology.chip.kind, plan.run.model.compute_dtype) or 0
     table.caption = f"bound by {line.bound}; MFU of {peak / 1e12:.0f} TFLOP/s by {CONVENTION}"
     return table
