@@ -22,6 +22,7 @@ VERBS = {
     "generate": "continue prompts with text from a checkpoint",
     "inspect": "show what a checkpoint makes of a text: losses, attention, logit lens, experts",
     "fill-mask": "fill the [MASK]s of a text by a masked language model",
+    "plan": "does it fit, what does it communicate, how fast could it be: for hardware that is not here",
     "launch": "train on many machines: Slurm, Kubernetes, or a rehearsal on this one",
     "report": "one HTML page from run directories: curves, figures, configs",
 }
@@ -79,6 +80,10 @@ def run_verb(argv: Sequence[str]) -> int:
             from llm_jax.eval import cli as evaluation
 
             return evaluation.fill_mask(rest)
+        case "plan":
+            from llm_jax.plan import cli as plan
+
+            return plan.main(rest)
         case "launch":
             from llm_jax.launch import cli as launch
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import P
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from llm_jax.alphabet import MESH_AXES, act_axes, over_slices, weight_axes
@@ -94,7 +95,11 @@ def _arranged(devices: Sequence[Any], shape: tuple[int, ...]) -> np.ndarray:
     if len({_slice(device) for device in devices}) > 1:
         # JAX arranges one slice at a time, and refuses more.
         return np.array(devices).reshape(shape)
-    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=EXPLICIT).devices
+    try:
+        return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=EXPLICIT).devices
+    except NotImplementedError:
+        # An axis of 8 on a torus of 4 x 4 x 4 takes a whole dimension and half of another; JAX wants to be told.
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def _slice(device: Any) -> int:

@@ -1,14 +1,9 @@
 """The FLOPs formula is the arithmetic of the real step, counted in its jaxpr."""
 
-import math
-from collections.abc import Iterator
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from llm_jax.mesh import make_mesh
 from llm_jax.model.config import LayerConfig, ModelConfig, MoeConfig
@@ -18,6 +13,7 @@ from llm_jax.model.transformer import abstract_model
 from llm_jax.objective.config import CausalConfig, MlmConfig, ObjectiveConfig
 from llm_jax.objective.mlm import n_places
 from llm_jax.optim.config import AdamWConfig
+from llm_jax.plan.arithmetic import product_flops
 from llm_jax.run import mesh_sizes
 from llm_jax.train import flops
 from llm_jax.train.config import MeshConfig
@@ -80,51 +76,15 @@ EXPERTS = {
 }
 
 
-def jaxprs(value: Any) -> Iterator[Jaxpr]:
-    """Every jaxpr in an equation's parameter: closed ones, and those in tuples, too."""
-    if isinstance(value, ClosedJaxpr):
-        yield value.jaxpr
-    elif isinstance(value, Jaxpr):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from jaxprs(item)
-
-
-def shape_of(atom: Any) -> tuple[int, ...]:
-    return atom.aval.shape
-
-
-def dot_flops(jaxpr: Jaxpr) -> int:
-    """FLOPs of all products of matrices in a jaxpr on one device, the bodies of scans as often as they run."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            contracted, batch = equation.params["dimension_numbers"]
-            shapes = [shape_of(operand) for operand in equation.invars]
-            # A vector times a matrix is a weighted sum, of statistics: neither weights nor attention.
-            if all(len(shapes[i]) > len(contracted[i]) + len(batch[i]) for i in (0, 1)):
-                terms = math.prod(shapes[0][axis] for axis in contracted[0])
-                total += 2 * math.prod(shape_of(equation.outvars[0])) * terms
-        if equation.primitive.name == "ragged_dot_general":
-            # Each row of the left side meets one group's columns, or all of the right side's where rows are summed.
-            numbers = equation.params["ragged_dot_dimension_numbers"]
-            left, right = (shape_of(operand) for operand in equation.invars[:2])
-            used = {*numbers.dot_dimension_numbers[0][1], *numbers.rhs_group_dimensions}
-            total += 2 * math.prod(left) * math.prod(size for axis, size in enumerate(right) if axis not in used)
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        assert equation.primitive.name not in ("while", "cond"), "their bodies run an unknown number of times"
-        total += times * sum(dot_flops(inner) for value in equation.params.values() for inner in jaxprs(value))
-    return total
-
-
-def step_flops(cfg: ModelConfig, objective: ObjectiveConfig = CAUSAL, rows: int = ROWS, accumulation: int = 1) -> int:
+def step_flops(cfg: ModelConfig, objective: ObjectiveConfig = CAUSAL, rows: int = ROWS, accumulation: int = 1) -> float:
     """The step's FLOPs, from the jaxpr of the function that the loop jits."""
     optim, mesh = AdamWConfig(), make_mesh(mesh_sizes(MeshConfig(data=1), 1))
     rows_ABU = jax.ShapeDtypeStruct((accumulation, rows // accumulation, SEQ_LEN + 1), jnp.int32)
     with jax.set_mesh(mesh):
         step = make_step(cfg, objective, optim, **SETTINGS, steps=10)
-        return dot_flops(jax.make_jaxpr(step)(placed(abstract_state(cfg, optim), mesh), placed(rows_ABU, mesh)).jaxpr)
+        return product_flops(
+            jax.make_jaxpr(step)(placed(abstract_state(cfg, optim), mesh), placed(rows_ABU, mesh)).jaxpr
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, NamedSharding
 from jax.sharding import Mesh
+from jax.stages import Traced
 
 from llm_jax import config
 from llm_jax.checkpoint import Checkpoints
@@ -146,6 +147,26 @@ def state_at(
 def compile_programs(run: Run, mesh: Mesh, word_starts_V: np.ndarray, report: Callable[[str], None]) -> Programs:
     """The run's update, compiled once for its shapes and mesh: a call with others is an error, not a recompile."""
     started = time.monotonic()
+    compiled = trace_step(run, mesh, word_starts_V).lower().compile()
+    checksums = None
+    if run.train.replay_every is not None:
+        gradient_of = make_gradient(
+            run.model,
+            run.objective,
+            cross_documents=run.data.cross_documents,
+            seed=run.seed,
+            word_starts_V=word_starts_V,
+        )
+        checksums = jax.jit(make_checksums(gradient_of)).lower(*abstract_inputs(run, mesh)).compile()
+    report(f"compiled the step in {time.monotonic() - started:.1f} s")
+    return Programs(compiled, checksums)
+
+
+def trace_step(run: Run, mesh: Mesh, word_starts_V: np.ndarray) -> Traced:
+    """The run's update as it is compiled for training, traced; needs the mesh set, allocates nothing.
+
+    run: its model resolved for the mesh's platform.
+    """
     step = make_step(
         run.model,
         run.objective,
@@ -156,23 +177,15 @@ def compile_programs(run: Run, mesh: Mesh, word_starts_V: np.ndarray, report: Ca
         word_starts_V=word_starts_V,
         spikes=run.spikes,
     )
+    return jax.jit(step, donate_argnums=0).trace(*abstract_inputs(run, mesh))
+
+
+def abstract_inputs(run: Run, mesh: Mesh) -> tuple[TrainState, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of what the update takes: the state, and a batch's rows_ABU."""
     A = run.train.accumulation
     shape = (A, run.train.batch_rows // A, run.data.seq_len + 1)
     rows_ABU = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, acts("ABU")))
-    inputs = placed(abstract_state(run.model, run.optim, run.spikes), mesh), rows_ABU
-    compiled = jax.jit(step, donate_argnums=0).lower(*inputs).compile()
-    checksums = None
-    if run.train.replay_every is not None:
-        gradient_of = make_gradient(
-            run.model,
-            run.objective,
-            cross_documents=run.data.cross_documents,
-            seed=run.seed,
-            word_starts_V=word_starts_V,
-        )
-        checksums = jax.jit(make_checksums(gradient_of)).lower(*inputs).compile()
-    report(f"compiled the step in {time.monotonic() - started:.1f} s")
-    return Programs(compiled, checksums)
+    return placed(abstract_state(run.model, run.optim, run.spikes), mesh), rows_ABU
 
 
 def start_from(

@@ -1,0 +1,75 @@
+"""The products of matrices that a step makes, counted in its jaxpr: what is recomputed and what masks hide included."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+
+def product_flops(jaxpr: Jaxpr, ragged_share: float = 1.0) -> float:
+    """FLOPs of all products of matrices on all devices; bodies of scans count as often as they run, of a choice the
+    dearest.
+
+    ragged_share: of a ragged product's rows inside a shard_map, the share that is some expert's. With devices that
+    divide the experts its buffers have room for every token on each of them: 1 / mesh.expert, if routing is even.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        match equation.primitive.name:
+            case "dot_general":
+                total += _dot(equation)
+            case "ragged_dot_general":
+                total += _ragged_dot(equation) * ragged_share
+        inner = [product_flops(body, ragged_share) for body in bodies(equation)]
+        total += _times(equation) * (max(inner, default=0) if equation.primitive.name == "cond" else sum(inner))
+    return total
+
+
+def _dot(equation: JaxprEqn) -> float:
+    contracted, batch = equation.params["dimension_numbers"]
+    shapes = [_shape(operand) for operand in equation.invars]
+    # A vector times a matrix is a weighted sum, of statistics: neither weights nor attention.
+    if any(len(shapes[i]) == len(contracted[i]) + len(batch[i]) for i in (0, 1)):
+        return 0
+    terms = math.prod(shapes[0][axis] for axis in contracted[0])
+    return 2 * math.prod(_shape(equation.outvars[0])) * terms
+
+
+def _ragged_dot(equation: JaxprEqn) -> float:
+    # Each row of the left side meets one group's columns, or all of the right side's where rows are summed.
+    numbers = equation.params["ragged_dot_dimension_numbers"]
+    left, right = (_shape(operand) for operand in equation.invars[:2])
+    used = {*numbers.dot_dimension_numbers[0][1], *numbers.rhs_group_dimensions}
+    return 2 * math.prod(left) * math.prod(size for axis, size in enumerate(right) if axis not in used)
+
+
+def _times(equation: JaxprEqn) -> int:
+    """How often an equation's bodies run; inside a shard_map shapes are one device's."""
+    if equation.primitive.name == "scan":
+        return equation.params["length"]
+    if equation.primitive.name == "shard_map":
+        mesh, manual = equation.params["mesh"], equation.params["newly_manual_axes"]
+        return math.prod(mesh.shape[axis] for axis in manual)
+    return 1
+
+
+def bodies(equation: JaxprEqn) -> Iterator[Jaxpr]:
+    """The jaxprs that an equation runs: a loop's, a choice's, a function's."""
+    for value in equation.params.values():
+        yield from _jaxprs(value)
+
+
+def _jaxprs(value: Any) -> Iterator[Jaxpr]:
+    """Every jaxpr in an equation's parameter: closed ones, and those in tuples, too."""
+    if isinstance(value, ClosedJaxpr):
+        yield value.jaxpr
+    elif isinstance(value, Jaxpr):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _jaxprs(item)
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
