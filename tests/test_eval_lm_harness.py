@@ -360,7 +360,7 @@ def test_a_masked_model_answers_with_pseudo_log_likelihoods_and_writes_nothing(m
         objective=MlmConfig(),
     )
     save(tmp_path / "run", masked, made.tokenizer, weights_for(made.table))
-    with pytest.raises(Refused, match=r"written\.yaml: written has text generated; a masked language model"):
+    with pytest.raises(Refused, match=r"written\.yaml: written has text generated, and a masked language model"):
         evaluate_with_lm_eval(str(tmp_path / "run"), None, [], made.paths)
     assert not (tmp_path / "run" / "eval.jsonl").exists()
     answered = [path for path in made.paths if "written" not in path]

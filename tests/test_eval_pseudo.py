@@ -33,13 +33,22 @@ from llm_jax.objective.config import MlmConfig
 from llm_jax.objective.mlm import unit_numbers
 from tests.conftest import LaunchProcesses
 from tests.small import CFG as SMALL
-from tests.small import QUICKLY, mesh_of, put_weights, weights_of
+from tests.small import QUICKLY, mesh_of, put_weights
 
 SEQ_LEN = 64
 V = 300
 CFG = SMALL.model_copy(update={"vocab_size": V})
 WORD_STARTS_V = np.arange(2 * V).reshape(V, 2) % 3 == 0
 WORDS = {"original": None, "within_word_l2r": WORD_STARTS_V}
+
+
+@functools.cache
+def drawn_weights() -> nnx.State:
+    """Numpy weights that no device has made, so that every process has them."""
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(mesh_of()):
+        shapes = abstract_model(CFG).params
+    return jax.tree.map(lambda x: rng.normal(float(x.ndim == 1), 0.2, x.shape).astype(x.dtype), shapes)
 
 
 @functools.cache
@@ -52,7 +61,7 @@ def score_of(sizes: tuple[tuple[str, int], ...]) -> tuple[MaskedScore, jax.shard
 def asked(pairs, words_V2=None, *, batch_rows=8, seq_len=SEQ_LEN, params=None, stop=lambda: False, **sizes):
     score, mesh = score_of(tuple(sizes.items()))
     with jax.set_mesh(mesh):
-        weights = (put_weights(weights_of(CFG) if params is None else params, CFG, mesh), {})
+        weights = (put_weights(drawn_weights() if params is None else params, CFG, mesh), {})
         return pseudo_log_likelihoods(
             score, weights, pairs, words_V2, seq_len=seq_len, batch_rows=batch_rows, stop=stop
         )
@@ -80,7 +89,7 @@ def alone():
         return jax.nn.log_softmax(logits(model, x_BTD, CFG)[0, place])
 
     with jax.set_mesh(mesh):
-        return jax.jit(of, compiler_options=QUICKLY), (put_weights(weights_of(CFG), CFG, mesh), {}), mesh
+        return jax.jit(of, compiler_options=QUICKLY), (put_weights(drawn_weights(), CFG, mesh), {}), mesh
 
 
 def one_mask_at_a_time(pair: Pair, words_V2) -> tuple[float, bool, int]:
@@ -160,7 +169,7 @@ def test_neither_batch_nor_order_nor_mesh_matters():
 
 
 def test_scores_that_are_not_numbers_are_an_error_and_nothing_asked_is_none():
-    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), weights_of(CFG))
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), drawn_weights())
     with pytest.raises(NotFinite, match=r"^1 of 2 texts have a score that is not a number: the weights are broken"):
         asked([Pair([BOS_ID], []), Pair([BOS_ID], [5, 6])], params=broken)
     assert asked([Pair([BOS_ID], [])], params=broken) == [Likelihood(0.0, True, 0)]
