@@ -156,6 +156,18 @@ def test_the_rooflines_flops_are_the_steps_own(cfg: ModelConfig, mesh: dict[str,
     assert counted == run.tokens_per_step * flops.flops_per_token(everywhere, 32, run.objective).full
 
 
+def test_every_tile_of_a_kernel_is_counted() -> None:
+    """Splash makes scores three times, once forward: nine products of queries' size where the reference makes six."""
+    cfg = BASE.model_copy(update={"attention": "splash"})
+    run = Run(model=cfg, mesh=MeshConfig(data=1), train=TrainConfig(batch_rows=16))
+    run = run.model_copy(update={"data": run.data.model_copy(update={"seq_len": 1024})})
+    devices = mesh_of(fsdp=4, tensor=2)
+    with jax.set_mesh(devices):
+        traced = trace_step(run, devices, np.zeros((cfg.vocab_size, 2), bool))
+    expected = flops.flops_per_token(cfg, 1024, run.objective)
+    assert product_flops(traced.jaxpr.jaxpr) == run.tokens_per_step * (expected.weights + 9 / 6 * expected.attention)
+
+
 def test_the_slowest_part_bounds_a_step() -> None:
     run = Run(model=BASE.model_copy(update={"compute_dtype": "bfloat16"}))
     topology = chips.parse("v5p:2x2x1")

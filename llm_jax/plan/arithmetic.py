@@ -9,7 +9,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 def product_flops(jaxpr: Jaxpr, ragged_share: float = 1.0) -> float:
     """FLOPs of all products of matrices on all devices; bodies of scans count as often as they run, of a choice the
-    dearest.
+    dearest, and of a kernel every tile, those that it skips too.
 
     ragged_share: of a ragged product's rows inside a shard_map, the share that is some expert's. With devices that
     divide the experts its buffers have room for every token on each of them: 1 / mesh.expert, if routing is even.
@@ -51,6 +51,8 @@ def _times(equation: JaxprEqn) -> int:
     if equation.primitive.name == "shard_map":
         mesh, manual = equation.params["mesh"], equation.params["newly_manual_axes"]
         return math.prod(mesh.shape[axis] for axis in manual)
+    if equation.primitive.name == "pallas_call":
+        return math.prod(equation.params["grid_mapping"].grid)
     return 1
 
 
