@@ -43,22 +43,28 @@ os.environ |= EMULATED | STRICT
 
 # The files that take longest; begun last, they would keep one worker busy while the others wait.
 LONGEST = (
+    "test_docs",
     "test_slurm",
+    "test_tiny_configs",
     "test_train_processes",
-    "test_watchdog",
     "test_kill_loop",
+    "test_watchdog",
+    "test_launch_docs",
+    "test_launch_local",
+    "test_elastic",
+    "test_dev",
     "test_spikes",
     "test_signals",
     "test_resume",
-    "test_tiny_configs",
-    "test_launch_docs",
-    "test_launch_local",
     "test_launch_jobset",
+    "test_disk_faults",
+    "test_eval_watch",
+    "test_eval_lm_harness",
     "test_invariance",
-    "test_docs",
     "test_train",
     "test_eval_generate",
-    "test_disk_faults",
+    "test_eval_verbs",
+    "test_attention",
 )
 
 

@@ -50,6 +50,15 @@ def sums_in_a_loop() -> str:
     return text_of(jax.shard_map(local, in_specs=spec, out_specs=spec), ((16, 64), ("data", "fsdp")))
 
 
+def test_what_a_kernel_says_of_itself_ends_no_computation() -> None:
+    """It goes over lines, of which one begins with braces; what comes after it in the loop's body counts."""
+    text = sums_in_a_loop()
+    said = 'frontend_attributes={kernel_metadata={\n"xprof_metadata":"{}"\n}}, metadata={op_name="kernel"}'
+    within = re.sub(r"(?m)^( +%?[\w.]+ = .*parameter\(0\).*)$", rf"\1, {said}".replace("\n", r"\n"), text)
+    assert within.count("\n}}, metadata") > 3
+    assert read(within) == read(text)
+
+
 def test_a_loops_sums_count_as_often_as_it_turns() -> None:
     (one,) = read(sums_in_a_loop())
     assert (one.kind, one.axes, one.devices, one.runs) == ("all-reduce", ("fsdp",), 4, TURNS)

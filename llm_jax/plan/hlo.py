@@ -63,6 +63,8 @@ class Execution(NamedTuple):
 _BUFFER = re.compile(r"([a-z][a-z0-9]*)\[([0-9,<=]*)\](?:\{([^{}]*)\})?")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ?\b([a-z][a-z0-9\-]*)\((.*)$")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+# What kernels say of themselves goes over several lines, and some of these begin with braces too.
+_END = re.compile(r"^\}(, execution_thread=.*)?$")
 _BITS = re.compile(r"[a-z]+(\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\s*\{\s*"n":\s*"?(\d+)')
 # What an instruction of each kind runs; others name functions of single numbers, to reduce or sort by.
@@ -87,7 +89,7 @@ def parse(text: str) -> Program:
             if header:
                 name, instructions, root = header[2], {}, ""
                 entries += [name] if header[1] else []
-            elif line.startswith("}") and name:
+            elif name and _END.match(line):
                 computations[name] = Computation(name, instructions, root)
                 name = ""
         elif name and (found := _LINE.match(line)):
