@@ -90,7 +90,9 @@ def test_temperature_0_takes_the_likeliest_token_each_time() -> None:
             ids.append(token)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(
+    "sampling", [pytest.param(GREEDY, marks=pytest.mark.slow, id="greedy"), pytest.param(DRAWN, id="drawn")]
+)
 def test_neither_batch_nor_mesh_changes_a_text(sampling: Sampling) -> None:
     alone = [ids_of([prompt], sampling)[0] for prompt in three_prompts()]
     assert ids_of(three_prompts(), sampling) == alone
