@@ -24,6 +24,7 @@ from llm_jax.run import Run, axis_sizes, from_command_line, mesh_sizes
 from llm_jax.train import flops
 from llm_jax.train.config import MeshConfig, TrainConfig
 from llm_jax.train.start import trace_step
+from tests.chips import mesh_on
 from tests.small import mesh_of
 from tests.test_configs import CONFIGS, DEVICES
 
@@ -249,11 +250,9 @@ def test_every_peak_is_known() -> None:
         assert (flops.peak_flops(chip.kind, "bfloat16") is None) == (name == "cpu")
 
 
+@pytest.mark.slow
 def test_an_axis_may_take_a_dimension_of_the_torus_and_a_part_of_another() -> None:
-    from jax.experimental import topologies
-
-    pytest.importorskip("libtpu")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:4x4x4").devices
+    devices = mesh_on("v5p:4x4x4", data=64).devices.flatten().tolist()
     sizes = {"data": 8, "fsdp": 8, "tensor": 1, "context": 1, "expert": 1}
     assert make_mesh(sizes, devices).devices.shape == (8, 8, 1, 1, 1)
 
