@@ -3,8 +3,11 @@
 All take AdamW with a constant learning rate and nothing clipped, as the peers they are held against do.
 """
 
+from pathlib import Path
+
 import numpy as np
 
+from llm_jax.config import load
 from llm_jax.data.config import BOS_ID, SPECIAL_PIECES, DataConfig
 from llm_jax.model.config import LayerConfig, ModelConfig, MoeConfig
 from llm_jax.objective.config import CausalConfig, MlmConfig, ObjectiveConfig
@@ -13,7 +16,6 @@ from llm_jax.run import Run
 from llm_jax.train.config import TrainConfig
 
 EXPERTS = LayerConfig(moe=True)
-LOCAL = LayerConfig(window=128, rope_theta=10_000.0)
 
 
 def gated(layers: int, d: int, heads: int, ff: int, vocab: int, experts: int = 0) -> ModelConfig:
@@ -53,25 +55,7 @@ def gpt(layers: int, d: int, heads: int, positions: int, experts: int = 0) -> Mo
     )
 
 
-MODERNBERT = ModelConfig(
-    d_model=768,
-    d_ff=1152,
-    n_layers=22,
-    n_heads=12,
-    n_kv_heads=12,
-    d_head=64,
-    vocab_size=50_368,
-    leading=(LayerConfig(attention_norm=False),),
-    period=(LOCAL, LOCAL, LayerConfig()),
-    mlp="geglu",
-    tied_embeddings=True,
-    embedding_norm=True,
-    head_transform=True,
-    output_bias=True,
-    rope_theta=160_000.0,
-    norm="layernorm",
-    compute_dtype="bfloat16",
-)
+MODERNBERT = load(Path(__file__).parents[1] / "configs" / "modernbert_base.py", Run).model
 # Four layers as wide as those of Llama 3 8B.
 WIDE = ModelConfig(
     d_model=4096,

@@ -1,12 +1,9 @@
 """The page on one text: what each token cost, who looks at whom, what each layer would say, whom the routers chose."""
 
-import base64
-import hashlib
 import math
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import NamedTuple
-from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 import numpy as np
@@ -16,6 +13,7 @@ from llm_jax.data.tokenizer import Tokenizer
 from llm_jax.eval.inside import Chosen, Inside
 from llm_jax.inspection.png import as_address, png, shades
 from llm_jax.model.config import LayerConfig, ModelConfig
+from llm_jax.report import html
 from llm_jax.report.html import Child, data, element, table
 
 # The accent of page.css, a little lighter, to be seen on light and on dark paper.
@@ -229,26 +227,8 @@ def _heat(share: float) -> dict[str, str]:
 
 
 def _document(title: str, body: Sequence[Element]) -> str:
-    """A whole document in the report's style, which may show images that it holds, and run no script but its own."""
+    """A whole document in the report's style."""
     style = files("llm_jax.report").joinpath("page.css").read_text(encoding="utf-8")
     own = files("llm_jax.inspection")
     style += own.joinpath("inspection.css").read_text(encoding="utf-8")
-    script = own.joinpath("inspection.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
-    )
-    styling, scripting = Element("style"), Element("script")
-    styling.text, scripting.text = style, script
-    head = element(
-        "head",
-        None,
-        element("meta", {"charset": "utf-8"}),
-        element("meta", {"http-equiv": "Content-Security-Policy", "content": policy}),
-        element("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}),
-        element("meta", {"name": "color-scheme", "content": "light dark"}),
-        element("title", None, title),
-        styling,
-    )
-    root = element("html", {"lang": "en"}, head, element("body", None, *body, scripting))
-    return "<!doctype html>\n" + ElementTree.tostring(root, encoding="unicode", method="html") + "\n"
+    return html.page(title, style, own.joinpath("inspection.js").read_text(encoding="utf-8"), body)
