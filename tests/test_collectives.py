@@ -67,8 +67,8 @@ def collectives(program: str) -> dict[str, int]:
     return dict(collections.Counter(kind for kind, rest in found if not re.search(r"replica_groups=\{\{\d+\}", rest)))
 
 
-# All-gathers: the layers' seven matrices over fsdp, forward and backward, and two tables; segments over context, and keys
-# and values forward and backward.
+# All-gathers: the layers' seven matrices over fsdp, forward and backward, and two tables; over context segments, and
+# keys and values forward and backward.
 # All-reduces, most of them combined ones: at most so many, since newer versions of XLA combine more.
 MESHES = {
     "data 8": ({"data": 8}, 0, 4),

@@ -150,7 +150,8 @@ def test_the_backward_pass_computes_again_what_was_not_saved():
         str(remat): counts(with_policy(remat))["dot_general"]
         for remat in ("none", "elementwise", "dots", "full", ("mlp_up",))
     }
-    # elementwise: attention's two, which XLA drops, since nothing reads them; dots: the same, and needs them; full: those, and all projections but the MLP's last.
+    # elementwise: attention's two, which XLA drops, since nothing reads them; dots: the same two, which it needs; full:
+    # those, and all projections but the MLP's last.
     extra = {name: number - products["none"] for name, number in products.items()}
     assert extra == {"none": 0, "elementwise": 2, "dots": 2, "full": 8, "('mlp_up',)": 7}
 
