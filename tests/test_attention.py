@@ -13,8 +13,8 @@ from jax import Array
 
 from llm_jax.config import ConfigError
 from llm_jax.mesh import acts
-from llm_jax.model import attention as module
-from llm_jax.model import kernels
+from llm_jax.model import attention as attention_module
+from llm_jax.model import chunked, kernels
 from llm_jax.model.attention import attention
 from llm_jax.model.backends import resolve
 from llm_jax.model.config import LayerConfig, ModelConfig
@@ -220,10 +220,10 @@ def test_every_grouping_of_heads_is_right(H, K, backend):
 
 def test_blocks_divide_the_row():
     for length in range(1, 4097):
-        assert length % module._block_length(length, length // 4) == 0
-    lengths = [module._block_length(length, length // 4) for length in (32, 128, 265, 1024, 2048, 4096, 97)]
+        assert length % chunked._block_length(length, length // 4) == 0
+    lengths = [chunked._block_length(length, length // 4) for length in (32, 128, 265, 1024, 2048, 4096, 97)]
     assert lengths == [32, 64, 53, 256, 512, 512, 97]
-    assert [module._block_length(1024, wished) for wished in (1, 64, 129, 1000)] == [64, 64, 128, 512]
+    assert [chunked._block_length(1024, wished) for wished in (1, 64, 129, 1000)] == [64, 64, 128, 512]
 
 
 def cost(backend: str, case: Case, length: int) -> tuple[int, float]:
@@ -331,33 +331,34 @@ def first_query_of_rank_forgotten(monkeypatch):
 
 def keys_cut_one_early(monkeypatch):
     """The last block of keys ends one key too soon."""
-    block = module._block
+    block = chunked._block
 
     def short(soft_cap, q, k, v, sinks, visible):
         visible = visible.at[:, -1, -1].set(False) if visible.shape[1] != visible.shape[2] else visible
         return block(soft_cap, q, k, v, sinks, visible)
 
-    monkeypatch.setattr(module, "_block", short)
+    monkeypatch.setattr(chunked, "_block", short)
 
 
 def heads_paired_wrongly(monkeypatch):
     """Query head h reads key head h modulo K instead of h divided by the group."""
-    dense = module.dense
+    dense = attention_module.dense
 
     def interleaved(q, k, v, *rest):
         H, K = q.shape[2], k.shape[2]
         order = np.arange(H).reshape(H // K, K).T.reshape(-1)
         return dense(q[:, :, order], k, v, *rest)[:, :, np.argsort(order)]
 
-    monkeypatch.setattr(module, "dense", interleaved)
+    monkeypatch.setattr(attention_module, "dense", interleaved)
 
 
 def mask_replaced(change: Callable) -> Callable:
     """visible(), whose arguments are changed on their way."""
 
     def plant(monkeypatch):
-        visible = module.visible
-        monkeypatch.setattr(module, "visible", lambda *arguments: visible(*change(*arguments)))
+        visible = chunked.visible
+        for module in (attention_module, chunked):
+            monkeypatch.setattr(module, "visible", lambda *arguments: visible(*change(*arguments)))
 
     return plant
 
@@ -380,19 +381,20 @@ def blocks_of_the_row(here, there, t_T, s_S, sight):
 
 def segments_ignored_for_global_tokens(monkeypatch):
     """A document's first tokens are seen by those of every document."""
-    visible = module.visible
+    visible = chunked.visible
 
     def leaking(here, there, t_T, s_S, sight):
         seen = (there.positions < sight.global_tokens)[:, None, :] & (s_S[None, :] <= t_T[:, None])[None]
         return visible(here, there, t_T, s_S, sight) | seen
 
-    monkeypatch.setattr(module, "visible", leaking)
+    for module in (attention_module, chunked):
+        monkeypatch.setattr(module, "visible", leaking)
 
 
 def reach_too_short(monkeypatch):
     """A block's keys start one place too late."""
-    reach = module.reach
-    monkeypatch.setattr(module, "reach", lambda sight, S: (reach(sight, S)[0] - 1, reach(sight, S)[1]))
+    reach = chunked.reach
+    monkeypatch.setattr(chunked, "reach", lambda sight, S: (reach(sight, S)[0] - 1, reach(sight, S)[1]))
 
 
 def documents_ignored(monkeypatch):

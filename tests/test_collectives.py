@@ -67,13 +67,14 @@ def collectives(program: str) -> dict[str, int]:
     return dict(collections.Counter(kind for kind, rest in found if not re.search(r"replica_groups=\{\{\d+\}", rest)))
 
 
-# All-gathers: the layers' seven matrices and two tables over fsdp; keys, values and segments over context.
+# All-gathers: the layers' seven matrices over fsdp, forward and backward, and two tables; over context segments, and
+# keys and values forward and backward.
 # All-reduces, most of them combined ones: at most so many, since newer versions of XLA combine more.
 MESHES = {
     "data 8": ({"data": 8}, 0, 4),
-    "fsdp 8": ({"fsdp": 8}, 9, 5),
-    "tensor 4 x fsdp 2": ({"tensor": 4, "fsdp": 2}, 9, 17),
-    "context 2 x fsdp 2 x tensor 2": ({"context": 2, "fsdp": 2, "tensor": 2}, 12, 23),
+    "fsdp 8": ({"fsdp": 8}, 16, 5),
+    "tensor 4 x fsdp 2": ({"tensor": 4, "fsdp": 2}, 16, 17),
+    "context 2 x fsdp 2 x tensor 2": ({"context": 2, "fsdp": 2, "tensor": 2}, 21, 23),
     "data 2 x expert 2 x tensor 2": ({"data": 2, "expert": 2, "tensor": 2}, 0, 15),
 }
 

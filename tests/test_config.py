@@ -207,7 +207,7 @@ def mistakes(config: Config, *overrides: str) -> list[str]:
         (["data.source.kind=files", 'data.source.paths=["a", 3]'], ["data.source.paths.1 = 3: must be text"]),
         (
             ["model.remat=everything"],
-            [f"model.remat = 'everything': must be 'none', 'dots', 'full' or a list of {TENSORS}"],
+            [f"model.remat = 'everything': must be 'none', 'elementwise', 'dots', 'full' or a list of {TENSORS}"],
         ),
         (
             ['model.remat=["q", "attention"]'],
@@ -464,7 +464,7 @@ def test_diff_names_every_path_that_differs() -> None:
     new = tree(override(Run(), ["train.steps=7", "model.remat=['q']", "data.source.kind=files", "data.source.paths=a"]))
     assert diff(old, old) == []
     assert diff(old, new) == [
-        Difference("model.remat", "none", ["q"]),
+        Difference("model.remat", "elementwise", ["q"]),
         Difference("data.source.kind", "stdlib", "files"),
         Difference("data.source.paths", ABSENT, ["a"]),
         Difference("data.source.text_field", ABSENT, "text"),

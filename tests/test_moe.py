@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from llm_jax.config import ConfigError
 from llm_jax.model import moe
 from llm_jax.model.config import LayerConfig, ModelConfig, MoeConfig
-from llm_jax.model.grouped_matmul import block_rows, grouped_matmul
+from llm_jax.model.grouped_matmul import group_rows, grouped_matmul
 from llm_jax.model.moe import Moe, Routing, resolve_moe
 from llm_jax.model.paths import placed
 from llm_jax.model.weights import Balance
@@ -370,16 +370,18 @@ def test_narrow_activations_and_wide_gradients():
 
 @pytest.mark.parametrize("backend", ["blocked", "ragged"])
 def test_grouped_matmul_is_a_matmul_a_group(backend):
-    sizes_E = np.array([300, 0, 256, 1])
+    """For blocked groups of several blocks and of none, blocks after the last group, and zeros where nobody sits."""
+    sizes_E, rows = np.array([320, 0, 256, 64]), group_rows(backend, 600, 4)
+    assert rows == (32 if backend == "blocked" else 1) and not np.any(sizes_E % rows)
     rng = np.random.default_rng(0)
-    R = int(sizes_E.sum()) + 30
-    assert sizes_E[0] % block_rows(R, 4) and sizes_E[2] % block_rows(R, 4) == 0
+    R = int(sizes_E.sum()) + 2 * rows
     x_RD, weight_EDF, dy_RF = (rng.normal(size=s).astype(np.float32) for s in ((R, 5), (4, 5, 3), (R, 3)))
+    x_RD[sizes_E.sum() :] = 0
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
     def both(x_RD: Array, weight_EDF: Array, dy_RF: Array) -> Any:
         y_RF, pull = jax.vjp(
-            lambda x, weight: grouped_matmul(x, weight, jnp.asarray(sizes_E), backend), x_RD, weight_EDF
+            lambda x, weight: grouped_matmul(x, weight, jnp.asarray(sizes_E), backend, rows), x_RD, weight_EDF
         )
         return y_RF, *pull(dy_RF)
 

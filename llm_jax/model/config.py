@@ -199,8 +199,10 @@ class ModelConfig(Config):
     """Logits a device holds at a time for the loss; null is 2**21 on a CPU, for its caches, and 2**28 elsewhere."""
     unroll: Annotated[int, Ge(1)] = 1
     """Periods in one turn of the scan: more can be faster on a CPU, and compiles longer."""
-    remat: Literal["none", "dots", "full"] | tuple[TensorName, ...] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, everything, or all but the named tensors."""
+    remat: Literal["none", "elementwise", "dots", "full"] | tuple[TensorName, ...] = "elementwise"
+    """What the backward pass recomputes: nothing; all but products with weights, attention and who sits where; all but
+    matrix products; everything; or all but the named tensors. elementwise takes half of the memory of none, and less
+    time on a CPU."""
 
     @property
     def padded_vocab_size(self) -> int:

@@ -6,7 +6,6 @@ a buffer. E are all experts, or a device's own, as the array says.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,7 +16,10 @@ from jax.ad_checkpoint import checkpoint_name
 from llm_jax.mesh import acts, gathered
 from llm_jax.model.activation import activate
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.grouped_matmul import grouped_matmul
+from llm_jax.model.grouped_matmul import group_rows, grouped_matmul
+
+# The names under which remat is told who sits where, and of the rows that came to their experts.
+ROUTED = ("seats", "expert_rows")
 
 
 class ExpertWeights(NamedTuple):
@@ -35,10 +37,6 @@ class Choices(NamedTuple):
     """Int32."""
     gates_BTX: Array
     """Float32; the share of each expert's result."""
-
-
-# (rows sorted by expert, their gates, rows of each expert) -> the experts' results, gates included.
-Multiply = Callable[[Array, Array, Array], Array]
 
 
 def capacity(cfg: ModelConfig, T: int) -> int:
@@ -78,13 +76,16 @@ def apply_experts(
     return wall(x_BTD, choices, real_BT, (weights.gate_EDF, weights.up_EDF), weights.down_EFD)
 
 
-def _multiply(x_RD: Array, gate_R: Array, sizes_E: Array, weights: ExpertWeights, cfg: ModelConfig) -> Array:
-    """Each row through the MLP of its expert. Rows that nobody chose need a gate of 0.
+def _multiply(
+    x_RD: Array, gate_R: Array, sizes_E: Array, weights: ExpertWeights, cfg: ModelConfig, rows: int = 1
+) -> Array:
+    """Each row through the MLP of its expert; sizes_E in multiples of `rows`. Rows that nobody chose need a gate of 0.
 
     The gate scales hidden units: so the backward pass does not need the results.
     """
     assert cfg.moe is not None and cfg.moe.grouped_matmul != "auto"
-    product = functools.partial(grouped_matmul, sizes_E=sizes_E, backend=cfg.moe.grouped_matmul)
+    product = functools.partial(grouped_matmul, sizes_E=sizes_E, backend=cfg.moe.grouped_matmul, rows=rows)
+    x_RD = checkpoint_name(x_RD, "expert_rows")
     up_RF, gate_RF = checkpoint_name(product(x_RD, weights.up_EDF), "mlp_up"), None
     if weights.gate_EDF is not None:
         gate_RF = checkpoint_name(product(x_RD, weights.gate_EDF), "mlp_gate")
@@ -108,17 +109,30 @@ def _seated(row_C: Array, R: int) -> Seats:
     """Seats by where each choice sits."""
     C = row_C.size
     nobody_R = jnp.full_like(row_C, C, shape=(R,))
-    return Seats(nobody_R.at[row_C].set(jnp.arange(C, dtype=row_C.dtype), mode="drop"), row_C)
+    seats = Seats(nobody_R.at[row_C].set(jnp.arange(C, dtype=row_C.dtype), mode="drop"), row_C)
+    return Seats(*(checkpoint_name(a, "seats") for a in seats))
 
 
-def _sorted(expert_C: Array, E: int, R: int) -> tuple[Seats, Array]:
-    """Seats in R rows by expert, earlier choices first, and the rows of each of E experts; expert E has none."""
+def _sorted(expert_C: Array, E: int, R: int, rows: int = 1) -> tuple[Seats, Array]:
+    """Seats in R rows by expert, earlier choices first, and the rows of each of E experts; expert E has none.
+
+    Experts begin at multiples of `rows`, and have such a multiple: nobody sits in the last of them.
+    """
     C = expert_C.size
-    sizes_E = jnp.sum(expert_C[:, None] == jnp.arange(E)[None], axis=0, dtype=jnp.int32)
+    chosen_E = jnp.sum(expert_C[:, None] == jnp.arange(E)[None], axis=0, dtype=jnp.int32)
+    sizes_E = -(-chosen_E // rows) * rows
     order_C = jnp.argsort(expert_C, stable=True).astype(jnp.int32)
     rank_C = jnp.zeros_like(order_C).at[order_C].set(jnp.arange(C, dtype=jnp.int32), unique_indices=True)
-    choice_R = jnp.where(jnp.arange(R) < jnp.sum(sizes_E), order_C[:R], C)
-    return Seats(choice_R, jnp.where(expert_C < E, rank_C, R)), sizes_E
+    row_C = rank_C + (_starts(sizes_E) - _starts(chosen_E)).at[expert_C].get(mode="clip")
+    return _seated(jnp.where(expert_C < E, row_C, R), R), sizes_E
+
+
+def _room(C: int, E: int, cfg: ModelConfig) -> tuple[int, int]:
+    """Rows that C choices need at most, sorted by E experts for the grouped matmul; each expert's are a multiple of
+    the second number."""
+    assert cfg.moe is not None and cfg.moe.grouped_matmul != "auto"
+    rows = group_rows(cfg.moe.grouped_matmul, C, E)
+    return C if rows == 1 else (-(-C // rows) + E - 1) * rows, rows
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -161,8 +175,7 @@ _dispatch_gates.defvjp(
 def _dropless(x_BTD: Array, choices: Choices, weights: ExpertWeights, cfg: ModelConfig) -> Array:
     x_ND = x_BTD.reshape(-1, x_BTD.shape[2])
     experts_NX, gates_NX = (a.reshape(x_ND.shape[0], -1) for a in choices)
-    multiply = functools.partial(_multiply, weights=weights, cfg=cfg)
-    arguments = (x_ND, experts_NX, gates_NX, weights.up_EDF.shape[0], multiply)
+    arguments = (x_ND, experts_NX, gates_NX, weights, cfg)
     if jax.lax.axis_size("expert") == 1:
         return _own(*arguments).reshape(x_BTD.shape)
     assert cfg.moe is not None
@@ -178,29 +191,32 @@ def _dropless(x_BTD: Array, choices: Choices, weights: ExpertWeights, cfg: Model
     return y_ND.reshape(x_BTD.shape)
 
 
-def _own(x_ND: Array, experts_NX: Array, gates_NX: Array, E: int, multiply: Multiply) -> Array:
+def _own(x_ND: Array, experts_NX: Array, gates_NX: Array, weights: ExpertWeights, cfg: ModelConfig) -> Array:
     """What the device's own E experts make of the choices that fall on them; any other number is nobody here."""
     N, X = experts_NX.shape
-    seats, sizes_E = _sorted(experts_NX.reshape(-1), E, N * min(X, E))
+    E = weights.up_EDF.shape[0]
+    R, rows = _room(N * min(X, E), E, cfg)
+    seats, sizes_E = _sorted(experts_NX.reshape(-1), E, R, rows)
     gate_R = _dispatch_gates(gates_NX.reshape(-1), seats)
-    return _combine(multiply(_dispatch(x_ND, seats, X), gate_R, sizes_E), seats, X)
+    return _combine(_multiply(_dispatch(x_ND, seats, X), gate_R, sizes_E, weights, cfg, rows), seats, X)
 
 
-def _by_all_gather(x_ND: Array, experts_NX: Array, gates_NX: Array, E: int, multiply: Multiply) -> Array:
+def _by_all_gather(x_ND: Array, experts_NX: Array, gates_NX: Array, weights: ExpertWeights, cfg: ModelConfig) -> Array:
     """Every device sees its expert group's tokens, and the results of all are added up where the tokens came from.
 
     It moves at most as much as exact buffers do, which must hold every token for every device.
     """
     gathered = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x_ND, experts_NX, gates_NX))
     x_ND, experts_NX, gates_NX = gathered
+    E = weights.up_EDF.shape[0]
     mine_NX = experts_NX - jax.lax.axis_index("expert") * E
     mine_NX = jnp.where((mine_NX >= 0) & (mine_NX < E), mine_NX, E)
-    return jax.lax.psum_scatter(_own(x_ND, mine_NX, gates_NX, E, multiply), "expert", tiled=True)
+    return jax.lax.psum_scatter(_own(x_ND, mine_NX, gates_NX, weights, cfg), "expert", tiled=True)
 
 
-def _by_all_to_all(x_ND: Array, experts_NX: Array, gates_NX: Array, E: int, multiply: Multiply) -> Array:
+def _by_all_to_all(x_ND: Array, experts_NX: Array, gates_NX: Array, weights: ExpertWeights, cfg: ModelConfig) -> Array:
     """A buffer for each device of the group, with room for all the choices that can fall on its experts."""
-    n = jax.lax.axis_size("expert")
+    n, E = jax.lax.axis_size("expert"), weights.up_EDF.shape[0]
     N, X = experts_NX.shape
     room = N * min(X, E)
     expert_C = experts_NX.reshape(-1)
@@ -218,7 +234,7 @@ def _by_all_to_all(x_ND: Array, experts_NX: Array, gates_NX: Array, E: int, mult
     received_nE = exchanged(sizes_nE)
     place = jnp.arange(room)[None, :, None]
     expert_R = jnp.sum(place >= jnp.cumsum(received_nE, axis=1)[:, None], axis=2, dtype=jnp.int32).reshape(-1)
-    y_RD = _regrouped(x_RD, gate_R, expert_R, E, multiply)
+    y_RD = _regrouped(x_RD, gate_R, expert_R, weights, cfg)
     return _combine(exchanged(y_RD), seats, X)
 
 
@@ -228,10 +244,12 @@ def _sorted_for_peers(expert_C: Array, n: int, E: int) -> tuple[Seats, Array]:
     return seats, sizes.reshape(n, E)
 
 
-def _regrouped(x_RD: Array, gate_R: Array, expert_R: Array, E: int, multiply: Multiply) -> Array:
+def _regrouped(x_RD: Array, gate_R: Array, expert_R: Array, weights: ExpertWeights, cfg: ModelConfig) -> Array:
     """Rows as they came, from several devices, through their experts and back in their order; expert E is nobody."""
-    seats, sizes_E = _sorted(expert_R, E, expert_R.size)
-    y_RD = multiply(_dispatch(x_RD, seats, 1), _dispatch_gates(gate_R, seats), sizes_E)
+    E = weights.up_EDF.shape[0]
+    R, rows = _room(expert_R.size, E, cfg)
+    seats, sizes_E = _sorted(expert_R, E, R, rows)
+    y_RD = _multiply(_dispatch(x_RD, seats, 1), _dispatch_gates(gate_R, seats), sizes_E, weights, cfg, rows)
     return _combine(y_RD, seats, 1)
 
 
@@ -274,9 +292,11 @@ def _send_backward(
 _send.defvjp(_send_forward, _send_backward)
 
 
-def _by_ragged_all_to_all(x_ND: Array, experts_NX: Array, gates_NX: Array, E: int, multiply: Multiply) -> Array:
+def _by_ragged_all_to_all(
+    x_ND: Array, experts_NX: Array, gates_NX: Array, weights: ExpertWeights, cfg: ModelConfig
+) -> Array:
     """Choices alone travel, and no gaps; a device still has room for all that can fall on its experts."""
-    n = jax.lax.axis_size("expert")
+    n, E = jax.lax.axis_size("expert"), weights.up_EDF.shape[0]
     N, X = experts_NX.shape
     seats, sizes_nE = _sorted_for_peers(experts_NX.reshape(-1), n, E)
 
@@ -294,7 +314,7 @@ def _by_ragged_all_to_all(x_ND: Array, experts_NX: Array, gates_NX: Array, E: in
     ends = jnp.cumsum(received_nE.reshape(-1))
     group_R = jnp.searchsorted(ends, jnp.arange(R), side="right", method="compare_all")
     expert_R = jnp.where(group_R < n * E, group_R % E, E)
-    y_RD = _regrouped(x_RD, gate_R, expert_R, E, multiply)
+    y_RD = _regrouped(x_RD, gate_R, expert_R, weights, cfg)
     return _combine(_send(y_RD, back, there, R, C), seats, X)
 
 

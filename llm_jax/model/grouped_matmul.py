@@ -1,7 +1,7 @@
 """Each row times the matrix of its group, in backends that give the same numbers."""
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,37 +10,41 @@ from jax import Array
 Backend = Literal["blocked", "ragged", "einsum"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul(x_RD: Array, weight_EDF: Array, sizes_E: Array, backend: Backend) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_matmul(x_RD: Array, weight_EDF: Array, sizes_E: Array, backend: Backend, rows: int = 1) -> Array:
     """y_RF in x's type: the first sizes_E[0] rows times the first matrix, the next sizes_E[1] times the second, ...
 
-    Rows after the last group come out as anything and get no gradient worth reading. einsum takes every group to have
-    R / E rows, whatever sizes_E says. A weight wider than x has its gradient added up in the weight's type. ragged is
-    lax.ragged_dot, which on a CPU does E times the work. Only inside a shard_map, or on one device.
+    Rows after the last group come out as anything and get no gradient worth reading. blocked wants R and sizes_E in
+    multiples of `rows` (group_rows), and rows that are to add nothing to the weight's gradient to be 0 in x or in y's
+    gradient, those after the last group too. einsum takes every group to have R / E rows, whatever sizes_E says. A
+    weight wider than x has its gradient added up in the weight's type. ragged is lax.ragged_dot, which on a CPU does E
+    times the work. Only inside a shard_map, or on one device.
     """
-    return _by_group(x_RD, weight_EDF.astype(x_RD.dtype), sizes_E, backend)
+    return _by_group(x_RD, weight_EDF.astype(x_RD.dtype), sizes_E, backend, rows)
 
 
 def _forward(
-    x_RD: Array, weight_EDF: Array, sizes_E: Array, backend: Backend
+    x_RD: Array, weight_EDF: Array, sizes_E: Array, backend: Backend, rows: int
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    return grouped_matmul(x_RD, weight_EDF, sizes_E, backend), (x_RD, weight_EDF, sizes_E)
+    return grouped_matmul(x_RD, weight_EDF, sizes_E, backend, rows), (x_RD, weight_EDF, sizes_E)
 
 
-def _backward(backend: Backend, saved: tuple[Array, Array, Array], dy_RF: Array) -> tuple[Array, Array, None]:
+def _backward(
+    backend: Backend, rows: int, saved: tuple[Array, Array, Array], dy_RF: Array
+) -> tuple[Array, Array, None]:
     x_RD, weight_EDF, sizes_E = saved
-    dx_RD = _by_group(dy_RF, jnp.swapaxes(weight_EDF, 1, 2).astype(dy_RF.dtype), sizes_E, backend)
-    return dx_RD, _between_groups(x_RD, dy_RF, sizes_E, backend).astype(weight_EDF.dtype), None
+    dx_RD = _by_group(dy_RF, jnp.swapaxes(weight_EDF, 1, 2).astype(dy_RF.dtype), sizes_E, backend, rows)
+    return dx_RD, _between_groups(x_RD, dy_RF, sizes_E, backend, rows).astype(weight_EDF.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def _by_group(x_RD: Array, weight_EDF: Array, sizes_E: Array, backend: Backend) -> Array:
+def _by_group(x_RD: Array, weight_EDF: Array, sizes_E: Array, backend: Backend, rows: int) -> Array:
     """Each row times the matrix of its group."""
     match backend:
         case "blocked":
-            return _blocked(x_RD, weight_EDF, sizes_E)
+            return _blocked(x_RD, weight_EDF, sizes_E, rows)
         case "ragged":
             return jax.lax.ragged_dot(x_RD, weight_EDF, sizes_E)
         case "einsum":
@@ -50,11 +54,11 @@ def _by_group(x_RD: Array, weight_EDF: Array, sizes_E: Array, backend: Backend) 
     raise AssertionError(f"grouped matmul {backend!r} was not resolved")
 
 
-def _between_groups(x_RD: Array, dy_RF: Array, sizes_E: Array, backend: Backend) -> Array:
+def _between_groups(x_RD: Array, dy_RF: Array, sizes_E: Array, backend: Backend, rows: int) -> Array:
     """The weight's gradient, float32 [E, D, F]: for each group the sum over its rows of x times dy."""
     match backend:
         case "blocked":
-            return _blocked_between(x_RD, dy_RF, sizes_E)
+            return _blocked_between(x_RD, dy_RF, sizes_E, rows)
         case "ragged":
             over_rows = jax.lax.RaggedDotDimensionNumbers(
                 dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
@@ -66,66 +70,32 @@ def _between_groups(x_RD: Array, dy_RF: Array, sizes_E: Array, backend: Backend)
     raise AssertionError(f"grouped matmul {backend!r} was not resolved")
 
 
-class _Blocks(NamedTuple):
-    """Groups cut into blocks of `rows` rows; the arrays have room for the most that there can be."""
+def group_rows(backend: Backend, C: int, E: int) -> int:
+    """Rows of which every group of C choices among E has to have a multiple.
 
-    rows: int
-    group: Array
-    """Whose matrix a block is multiplied with."""
-    start: Array
-    """Its first row; a group's last block reaches into the next group, or past the last row."""
-    stop: Array
-    """The end of its group."""
-    total: Array
-    """How many blocks there are: empty groups have none, so that work follows the rows that are there."""
-
-
-def _blocks(sizes_E: Array, R: int) -> _Blocks:
-    E, rows = sizes_E.size, block_rows(R, sizes_E.size)
-    stop_E, blocks_E = jnp.cumsum(sizes_E), -(-sizes_E // rows)
-    last_E = jnp.cumsum(blocks_E)
-    number = jnp.arange(-(-R // rows) + E)
-    group = jnp.minimum(jnp.sum(number[:, None] >= last_E[None], axis=1, dtype=jnp.int32), E - 1)
-    start = (stop_E - sizes_E)[group] + (number - (last_E - blocks_E)[group]) * rows
-    return _Blocks(rows, group, start, stop_E[group], last_E[-1])
-
-
-def block_rows(R: int, E: int) -> int:
-    """Rows that blocked multiplies at a time: of 32, 64, 128 and 256 what is a quarter of a group, on average.
-
-    Larger blocks multiply faster, and more of a group's last one is for nothing; measured on a CPU for groups of 128 to
-    1024 rows.
+    For blocked a power of two, 32 to 256, that is a quarter of a group on average: larger blocks multiply faster, and
+    more of a group's last one is for nothing; measured on a CPU for groups of 128 to 1024 rows.
     """
-    return 2 ** min(max((R // (4 * E)).bit_length() - 1, 5), 8)
+    return 2 ** min(max((C // (4 * E)).bit_length() - 1, 5), 8) if backend == "blocked" else 1
 
 
-def _blocked(x_RD: Array, weight_EDF: Array, sizes_E: Array) -> Array:
-    """One product a block. What a block writes past its group's end, the next group's blocks write over."""
-    R, F = x_RD.shape[0], weight_EDF.shape[2]
-    blocks = _blocks(sizes_E, R)
-    x_RD = jnp.pad(x_RD, ((0, blocks.rows), (0, 0)))
-
-    def one_block(i: Array, y_RF: Array) -> Array:
-        x_MD = jax.lax.dynamic_slice_in_dim(x_RD, blocks.start[i], blocks.rows)
-        return jax.lax.dynamic_update_slice_in_dim(y_RF, x_MD @ weight_EDF[blocks.group[i]], blocks.start[i], 0)
-
-    return jax.lax.fori_loop(0, blocks.total, one_block, jnp.zeros_like(x_RD, shape=(R + blocks.rows, F)))[:R]
+def _matrix_of_block(sizes_E: Array, blocks: int, rows: int) -> Array:
+    """Whose matrix each block of rows is multiplied with; the last one's where a block is nobody's."""
+    first_Q = rows * jnp.arange(blocks)
+    return jnp.sum(first_Q[:, None] >= jnp.cumsum(sizes_E)[None, :-1], axis=1, dtype=jnp.int32)
 
 
-def _blocked_between(x_RD: Array, dy_RF: Array, sizes_E: Array) -> Array:
-    """Blocks add to their group's gradient: nothing of size [blocks, D, F] is made."""
-    R, D, F = x_RD.shape[0], x_RD.shape[1], dy_RF.shape[1]
-    blocks = _blocks(sizes_E, R)
-    x_RD, dy_RF = (jnp.pad(a, ((0, blocks.rows), (0, 0))) for a in (x_RD, dy_RF))
+def _blocked(x_RD: Array, weight_EDF: Array, sizes_E: Array, rows: int) -> Array:
+    """One product for all blocks of rows, each with a copy of its group's matrix."""
+    x_QMD = x_RD.reshape(-1, rows, x_RD.shape[1])
+    weight_QDF = weight_EDF[_matrix_of_block(sizes_E, x_QMD.shape[0], rows)]
+    return jnp.einsum("QMD,QDF->QMF", x_QMD, weight_QDF).reshape(-1, weight_EDF.shape[2])
 
-    def one_block(i: Array, dweight_EDF: Array) -> Array:
-        start, group = blocks.start[i], blocks.group[i]
-        mine_M = start + jnp.arange(blocks.rows) < blocks.stop[i]
-        x_MD, dy_MF = (jax.lax.dynamic_slice_in_dim(a, start, blocks.rows) for a in (x_RD, dy_RF))
-        dweight_DF = jnp.einsum(
-            "MD,MF->DF", jnp.where(mine_M[:, None], x_MD, 0), dy_MF, preferred_element_type=jnp.float32
-        )
-        return dweight_EDF.at[group].add(dweight_DF)
 
-    zeros_EDF = jnp.zeros_like(x_RD, jnp.float32, shape=(sizes_E.size, D, F))
-    return jax.lax.fori_loop(0, blocks.total, one_block, zeros_EDF)
+def _blocked_between(x_RD: Array, dy_RF: Array, sizes_E: Array, rows: int) -> Array:
+    """A product for each block, and their sums over groups: another product, since that is what runs in parallel."""
+    E = sizes_E.size
+    x_QMD, dy_QMF = (a.reshape(-1, rows, a.shape[1]) for a in (x_RD, dy_RF))
+    of_block_QDF = jnp.einsum("QMD,QMF->QDF", x_QMD, dy_QMF, preferred_element_type=jnp.float32)
+    mine_EQ = jnp.arange(E)[:, None] == _matrix_of_block(sizes_E, x_QMD.shape[0], rows)[None]
+    return jnp.einsum("EQ,QDF->EDF", mine_EQ.astype(jnp.float32), of_block_QDF, precision=jax.lax.Precision.HIGHEST)

@@ -9,7 +9,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from llm_jax.mesh import acts
-from llm_jax.model.sight import Places, Sight
+from llm_jax.model.sight import ATTENDED, Places, Sight
 
 # Only a TPU runs its kernels; anything else can read them aloud, which is for tests.
 INTERPRET = False
@@ -120,6 +120,7 @@ def _kernel(
             block_kv_dq=of_keys,
         ),
         attn_logits_soft_cap=soft_cap,
+        residual_checkpoint_name=ATTENDED,
         head_shards=1,
         q_seq_shards=parts,
         interpret=INTERPRET,

@@ -1,7 +1,7 @@
 """A layer: attention, and an MLP or experts, each added to the residual stream, with norms before or after."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, get_args
 
 import jax
 from flax import nnx
@@ -10,12 +10,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.mesh import acts
 from llm_jax.model.attention import attention
-from llm_jax.model.config import LayerConfig, ModelConfig
+from llm_jax.model.config import LayerConfig, ModelConfig, TensorName
+from llm_jax.model.experts import ROUTED
 from llm_jax.model.mlp import Mlp
 from llm_jax.model.moe import Moe, Routing
 from llm_jax.model.norms import Norm, rms_norm
 from llm_jax.model.rope import Angles, rotate
-from llm_jax.model.sight import Places, Sight
+from llm_jax.model.sight import ATTENDED, Places, Sight
 from llm_jax.model.weights import Weight, matrix, ones, plus, project, residual_scale, use, zeros
 
 Kept = TypeVar("Kept")
@@ -178,6 +179,8 @@ def rematerialised(body: Callable, cfg: ModelConfig, *, in_scan: bool) -> Callab
             return body
         case "full":
             policy = None
+        case "elementwise":
+            policy = policies.save_only_these_names(*get_args(TensorName), ATTENDED, *ROUTED)
         case "dots":
             policy = policies.dots_with_no_batch_dims_saveable
         case names:

@@ -4,6 +4,11 @@ from typing import NamedTuple
 
 from jax import Array
 
+# What a score becomes where a query may not look.
+MASKED = -1e30
+# The name under which backends tell remat of their output, and of what their backward pass wants beside it.
+ATTENDED = "attended"
+
 
 class Places(NamedTuple):
     """Where tokens stand, int32 [B, T], or [B, S] for keys; a document's tokens follow each other in their row."""

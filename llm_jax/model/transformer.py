@@ -104,7 +104,9 @@ class Transformer(nnx.Module):
             def body(x_BTD: Array, block: Block) -> tuple[Array, Routing | None]:
                 return block(x_BTD, rows, by_theta.get(layer.rope_theta or cfg.rope_theta), cfg, layer, causal=causal)
 
-            return rematerialised(body, cfg, in_scan=in_scan)(x_BTD, block)
+            # A scan of one turn is no loop.
+            looped = in_scan and cfg.unroll < cfg.n_periods
+            return rematerialised(body, cfg, in_scan=looped)(x_BTD, block)
 
         x_BTD, routings = self.through_layers(x_BTD, apply, dict.fromkeys(self.layers), cfg)
         return x_BTD, {name: _summed(routing) for name, routing in routings.items() if routing is not None}
