@@ -184,6 +184,12 @@ def format_line(line: Line, steps: int) -> str:
     return "  ".join(shown)
 
 
+def format_recompiled(step: int, recompiled: Mapping[str, str]) -> str:
+    """The warning of a program that was compiled again, or late."""
+    program, at, cause = (recompiled[name] for name in ("program", "at", "cause"))
+    return f"warning: step {step}: {program} was compiled after the first update, at {at}: {cause}"
+
+
 def format_validation(line: Line) -> str:
     """A look at held-out rows as people read it."""
     formats = {
@@ -213,14 +219,22 @@ class Screen:
         self._every = every
         self._first = restored_step + 1
         self._tokens = self._seconds = self._waited = 0.0
+        self._recompiled: set[str] = set()
         self._bar: Progress | None = None
         if sys.stdout.isatty():
             self._bar = _start_bar(restored_step, steps)
 
     def show(self, line: Line) -> None:
-        """Moves the bar; prints the line every so many updates, the first, the last, and whatever is not finite."""
+        """Moves the bar; prints the line every so many updates, the first, the last, and whatever is not finite.
+
+        Warns of each program that was compiled during training, once.
+        """
         line = self._over_window(line)
         step = line["step"]
+        for recompiled in line.get("recompiled", ()):
+            if recompiled["program"] not in self._recompiled:
+                self._recompiled.add(recompiled["program"])
+                self.say(format_recompiled(step, recompiled))
         if self._bar is not None:
             loss, speed = line.get("loss"), line.get("tokens_per_s")
             figures = f"loss {'nan' if loss is None else f'{loss:.4f}'}"
