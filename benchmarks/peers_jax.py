@@ -215,6 +215,8 @@ def maxtext_fields(s: Sizes, folder: str, *, dense: bool) -> dict[str, Any]:
         "adam_eps": EPS,
         "adam_weight_decay": DECAY,
         "learning_rate": LR,
+        "warmup_steps_fraction": 0.0,
+        "learning_rate_final_fraction": 1.0,
         "gradient_clipping_threshold": 0.0,
         "logits_via_embedding": "false",
         "enable_dropout": "false",
