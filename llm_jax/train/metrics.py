@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 TENSORBOARD = "tensorboard"
+# TensorBoard's files are synced so seldom, since that holds up the loop for milliseconds; it looks at them less often.
+TENSORBOARD_S = 10.0
 
 # An update's figures by name, as JSON's types; None is what is not known.
 Line = Mapping[str, Any]
@@ -42,6 +44,7 @@ class Log:
         self._files = files
         self._screen = screen
         self._events = events
+        self._events_synced = time.monotonic()
         self.validated = validated
         """The last update after which validation was recorded, -1 for none; known to the process that writes only."""
 
@@ -63,6 +66,8 @@ class Log:
 
     def sync(self) -> None:
         """Returns once all lines are on the disk; a checkpoint that commits after it has its line whatever happens."""
+        if self._events is not None:
+            self._sync_events(self._events)
         for file in self._files.values():
             with durable.told(file.name):
                 os.fsync(file.fileno())
@@ -98,6 +103,13 @@ class Log:
         if self._events is not None:
             with durable.told("a TensorBoard file"):
                 _write_event(self._events, group, line, now)
+            if time.monotonic() - self._events_synced >= TENSORBOARD_S:
+                self._sync_events(self._events)
+
+    def _sync_events(self, events: "EventsWriter") -> None:
+        with durable.told("a TensorBoard file"):
+            events.flush()
+        self._events_synced = time.monotonic()
 
 
 def open_log(
@@ -317,4 +329,3 @@ def _write_event(events: "EventsWriter", group: str, line: Line, now: float) -> 
     numbers = {name: value for name, value in line.items() if isinstance(value, float)}
     values = [Summary.Value(tag=f"{group}/{name}", simple_value=value) for name, value in numbers.items()]
     events.write_event(Event(wall_time=now, step=line["step"], summary=Summary(value=values)))
-    events.flush()
