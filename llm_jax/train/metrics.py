@@ -196,7 +196,7 @@ def format_line(line: Line, steps: int) -> str:
     return "  ".join(shown)
 
 
-def format_recompiled(step: int, recompiled: Mapping[str, str]) -> str:
+def format_recompiled(step: int, recompiled: Mapping[str, str | float]) -> str:
     """The warning of a program that was compiled again, or late."""
     program, at, cause = (recompiled[name] for name in ("program", "at", "cause"))
     return f"warning: step {step}: {program} was compiled after the first update, at {at}: {cause}"

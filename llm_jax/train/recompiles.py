@@ -22,6 +22,9 @@ _EXPLAINING = "jax._src.interpreters.partial_eval"
 _LOGGERS = (_EXPLAINING, "jax._src.compiler", "jax._src.compilation_cache")
 _PACKAGE = Path(__file__).parents[1]
 
+# program, at (where it was called), cause, and seconds that it took.
+Recompiled = dict[str, str | float]
+
 
 class Recompiles:
     """What was compiled since the last question; `watched` fills it."""
@@ -31,8 +34,8 @@ class Recompiles:
         self._explained = explained
         self._phases: set[Phase] = set()
         self._cause = ""
-        self._new: list[dict[str, str]] = []
-        self._unforeseen: list[dict[str, str]] = []
+        self._new: list[Recompiled] = []
+        self._unforeseen: list[Recompiled] = []
 
     def over(self, phase: Phase) -> None:
         """A phase of the loop has ended; what it compiled its first time was to be expected."""
@@ -41,17 +44,18 @@ class Recompiles:
             self._unforeseen += new
         self._phases.add(phase)
 
-    def noted(self) -> dict[str, list[dict[str, str]]]:
-        """For an update's line: each unforeseen program, where it was called and why it was compiled, if any was."""
+    def noted(self) -> dict[str, list[Recompiled]]:
+        """For an update's line: each unforeseen program, if there was one."""
         new, self._unforeseen = self._unforeseen, []
         return {"recompiled": new} if new else {}
 
-    def compiled(self, event: str, _: float, **facts: str | int) -> None:
+    def compiled(self, event: str, duration_secs: float, **facts: str | int) -> None:
         """Takes JAX's events."""
         if event == _COMPILED:
             program = str(facts.get("fun_name", "?")).removeprefix("jit(").removesuffix(")")
-            self._new.append({"program": program, "at": _caller(), "cause": self._cause or "unknown"})
-            self._cause = ""
+            cause, self._cause = self._cause or "unknown", ""
+            told = {"program": program, "at": _caller(), "cause": cause, "seconds": round(duration_secs, 3)}
+            self._new.append(told)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Takes JAX's explanations."""
