@@ -22,6 +22,7 @@ PYTHON is the peer's interpreter, each in an environment of its own:
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 import tempfile
@@ -139,6 +140,8 @@ def main() -> None:
         name, _, changes = variant.partition(":")
         ours = [sys.executable, str(HERE / "train_step.py"), "--serve", "--workload", arguments.workload]
         commands[name] = [*ours, *filter(None, changes.split(","))]
+    # Who is stopped between its turns is woken and sent home, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     with ExitStack() as stack:
         workers = started(stack, commands, arguments.omp)
         if not workers:
