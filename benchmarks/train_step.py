@@ -28,12 +28,34 @@ from llm_jax.mesh import acts, make_mesh  # noqa: E402
 from llm_jax.model.backends import resolve  # noqa: E402
 from llm_jax.run import Run, mesh_sizes  # noqa: E402
 from llm_jax.train.flops import CONVENTION, flops_per_token, mfu, parameters, peak_flops  # noqa: E402
-from llm_jax.train.start import compile_programs  # noqa: E402
+from llm_jax.train.start import SELDOM, compile_programs  # noqa: E402
 from llm_jax.train.state import init_state  # noqa: E402
+
+IMPORTED = time.perf_counter()
+# What JAX's events are called here; the last is of XLA, or of its cache on disk.
+STAGES = {
+    "jaxpr_trace_duration": "trace_s",
+    "jaxpr_to_mlir_module_duration": "lower_s",
+    "backend_compile_duration": "xla_s",
+}
+
+
+def stages() -> dict[str, float]:
+    """The seconds of each stage, which grow from now on."""
+    spent: dict[str, float] = {}
+
+    def add(event: str, duration_secs: float, **_: str | int) -> None:
+        stage = STAGES.get(event.rpartition("/")[2])
+        if stage is not None:
+            spent[stage] = round(spent.get(stage, 0.0) + duration_secs, 2)
+
+    jax.monitoring.register_event_duration_secs_listener(add)
+    return spent
 
 
 def training(name: str, run: Run) -> tuple[About, Callable[[], float]]:
     """What is to be said of a run on all devices of this process, and a step that returns its loss."""
+    spent = stages()
     mesh = make_mesh(mesh_sizes(run.mesh, jax.device_count()))
     device = mesh.devices.flat[0]
     run = run.model_copy(update={"model": resolve(run.model, device.platform, mesh.shape["expert"])})
@@ -43,7 +65,10 @@ def training(name: str, run: Run) -> tuple[About, Callable[[], float]]:
         begun = time.perf_counter()
         program = compile_programs(run, mesh, word_starts_V, report=lambda line: None).step
         compile_s = time.perf_counter() - begun
-        state = jax.jit(lambda: init_state(run.model, run.optim, run.seed))()
+        first = jax.jit(
+            lambda: init_state(run.model, run.optim, run.seed), compiler_options=SELDOM.get(device.platform)
+        )
+        state = first()
         rows_ABU = jax.device_put(random_rows(run), jax.NamedSharding(mesh, acts("ABU")))
 
     def step() -> float:
@@ -61,6 +86,9 @@ def training(name: str, run: Run) -> tuple[About, Callable[[], float]]:
         "first_loss": first_loss,
         "compile_s": round(compile_s, 2),
         "process_start_to_first_step_s": round(time.perf_counter() - START, 2),
+        "process_start_to_first_step_cpu_s": round(time.process_time(), 2),
+        "import_s": round(IMPORTED - START, 2),
+        **spent,
         "parameters": parameters(run.model),
         "tokens_per_step": run.tokens_per_step,
         # What the program needs on each device, as its compiler says.

@@ -1,11 +1,13 @@
 """Workers that take turns on one machine, so that what disturbs one disturbs all. Standard library only.
 
 A worker says what it is in a line of JSON, and then answers each line on stdin, a number n, by n units of its work: a
-line with their wall seconds, and the CPU seconds of all together. Everything else that it prints is chatter.
+line with their wall seconds, and the CPU seconds of all together. Everything else that it prints is chatter. Between
+its turns it is stopped: threads that spin while they wait would take the cores from whoever has the turn.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,8 +19,10 @@ from typing import Any, NamedTuple
 
 MARK = "@@"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-# Threads of OpenMP that spin while they wait would take the cores from whoever has the turn.
-ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(CORES), "MKL_NUM_THREADS": str(CORES)}
+THREADS = {"OMP_NUM_THREADS": str(CORES), "MKL_NUM_THREADS": str(CORES)}
+# Whether threads of OpenMP sleep or spin while they wait for each other. Spinning may be faster on a machine with
+# nothing else to do, and is tens of times slower on any other.
+OMP = {"passive": "PASSIVE", "active": "ACTIVE"}
 # A turn is quiet where others had no more than so many cores beside it.
 QUIET = 0.4
 
@@ -72,9 +76,13 @@ def serve(about: About, work: Callable[[], object]) -> None:
 
 
 @contextmanager
-def worker(command: Sequence[str], log: int) -> Iterator[tuple[About, Take]]:
-    """A worker in a process of its own, whose chatter goes to the file `log`; SystemExit where it gives no answer."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | ENVIRONMENT
+def worker(command: Sequence[str], log: int, omp: str = "passive") -> Iterator[tuple[About, Take]]:
+    """A worker in a process of its own, whose chatter goes to the file `log`; SystemExit where it gives no answer.
+
+    omp: what its threads of OpenMP do while they wait, a name of OMP.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= THREADS | {"OMP_WAIT_POLICY": OMP[omp]}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1, env=environment
     ) as process:
@@ -88,11 +96,19 @@ def worker(command: Sequence[str], log: int) -> Iterator[tuple[About, Take]]:
             sys.exit(f"{' '.join(command)}: no answer, exit code {process.wait()}")
 
         def take(n: int) -> Turn:
+            process.send_signal(signal.SIGCONT)
             print(n, file=asked)
-            return Turn(*answer())
+            turn = Turn(*answer())
+            process.send_signal(signal.SIGSTOP)
+            return turn
 
-        yield answer(), take
-        asked.close()
+        about = answer()
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield about, take
+        finally:
+            process.send_signal(signal.SIGCONT)
+            asked.close()
 
 
 def in_turns(takes: Mapping[str, Take], rounds: int, n: int, skip: int) -> dict[str, list[Turn]]:

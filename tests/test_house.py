@@ -17,7 +17,8 @@ SOURCES = house.read_sources(ROOT / "llm_jax")
 LONG: dict[str, str] = {}
 # A run is a Python file, and loading it runs it.
 UNSAFE = {"llm_jax.config: exec"}
-OPEN_ARGUMENTS: set[str] = set()
+# JAX calls who listens with whatever an event carries.
+OPEN_ARGUMENTS = {"llm_jax.train.recompiles.compiled"}
 
 
 def too_long(sources: house.Sources) -> Iterator[str]:

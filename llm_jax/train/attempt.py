@@ -29,7 +29,17 @@ from llm_jax.train.ledger import GoBack, Ledger, Wish
 from llm_jax.train.loop import Acts, train
 from llm_jax.train.metrics import open_log, short
 from llm_jax.train.replay import differing, tell_difference
-from llm_jax.train.start import Programs, Session, begin, checkpoint_meta, compile_programs, data_of, mesh_of, state_at
+from llm_jax.train.start import (
+    SELDOM,
+    Programs,
+    Session,
+    begin,
+    checkpoint_meta,
+    compile_programs,
+    data_of,
+    mesh_of,
+    state_at,
+)
 from llm_jax.train.state import TrainState
 from llm_jax.train.watchdog import Watchdog
 
@@ -111,7 +121,7 @@ def go(session: Session, programs: Programs, guards: Guards, watch: Watchdog) ->
     flops = flops_per_token(run.model, run.data.seq_len, run.objective)
     peak = peak_flops(device.device_kind, run.model.compute_dtype)
     meta = checkpoint_meta(run, session.prepared, environment.versions())
-    name_arrays = jax.jit(to_tree)
+    name_arrays = jax.jit(to_tree, compiler_options=SELDOM.get(device.platform))
     look = make_look(session) if run.eval.every else no_look
     is_first = jax.process_index() == 0
     if is_first:

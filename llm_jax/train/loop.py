@@ -14,6 +14,7 @@ from llm_jax.mesh import acts as placement
 from llm_jax.run import Run
 from llm_jax.train.ledger import Ledger
 from llm_jax.train.profiler import profiled
+from llm_jax.train.recompiles import watched
 from llm_jax.train.saving import longer_lived, make_due
 from llm_jax.train.start import Session, Step
 from llm_jax.train.state import TrainState
@@ -52,12 +53,13 @@ def train(
     due = make_due(run.checkpoint, run.train.steps, done)
     saved: int = done
     save_due: Kind | None = None
-    with contextlib.closing(batches), profiled(run.logging, run.run_dir) as profile:
+    with contextlib.closing(batches), profiled(run.logging, run.run_dir) as profile, watched() as recompiles:
         while True:
             if is_due(run.eval.every, done, run) and done > validated:
                 watch.at("evaluation", done)
                 with ledger.pause(saving=False):
                     acts.validate(done, state)
+                recompiles.over("evaluation")
             if done == run.train.steps or guards.stop():
                 break
             watch.at("data", done)
@@ -67,7 +69,8 @@ def train(
             with profile(done + 1):
                 state, metrics = step(state, fetched.rows_ABU)
             done += 1
-            ledger.post(done, {**metrics, **noted}, fetched.wait_seconds)
+            recompiles.over("step")
+            ledger.post(done, {**metrics, **noted, **recompiles.noted()}, fetched.wait_seconds)
             save_due = longer_lived(save_due, due(done))
             if save_due:
                 ledger.settle()
@@ -76,6 +79,7 @@ def train(
                 watch.at("checkpoint", done)
                 with ledger.pause(saving=True):
                     acts.save(done, state, save_due)
+                recompiles.over("checkpoint")
                 saved, save_due = done, None
         ledger.settle()
     watch.at("checkpoint", done)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"
 TENSORBOARD = "tensorboard"
+# TensorBoard's files are synced so seldom, since that holds up the loop for milliseconds; it looks at them less often.
+TENSORBOARD_S = 10.0
 
 # An update's figures by name, as JSON's types; None is what is not known.
 Line = Mapping[str, Any]
@@ -42,6 +44,7 @@ class Log:
         self._files = files
         self._screen = screen
         self._events = events
+        self._events_synced = time.monotonic()
         self.validated = validated
         """The last update after which validation was recorded, -1 for none; known to the process that writes only."""
 
@@ -63,6 +66,8 @@ class Log:
 
     def sync(self) -> None:
         """Returns once all lines are on the disk; a checkpoint that commits after it has its line whatever happens."""
+        if self._events is not None:
+            self._sync_events(self._events)
         for file in self._files.values():
             with durable.told(file.name):
                 os.fsync(file.fileno())
@@ -98,6 +103,13 @@ class Log:
         if self._events is not None:
             with durable.told("a TensorBoard file"):
                 _write_event(self._events, group, line, now)
+            if time.monotonic() - self._events_synced >= TENSORBOARD_S:
+                self._sync_events(self._events)
+
+    def _sync_events(self, events: "EventsWriter") -> None:
+        with durable.told("a TensorBoard file"):
+            events.flush()
+        self._events_synced = time.monotonic()
 
 
 def open_log(
@@ -184,6 +196,12 @@ def format_line(line: Line, steps: int) -> str:
     return "  ".join(shown)
 
 
+def format_recompiled(step: int, recompiled: Mapping[str, str | float]) -> str:
+    """The warning of a program that was compiled again, or late."""
+    program, at, cause = (recompiled[name] for name in ("program", "at", "cause"))
+    return f"warning: step {step}: {program} was compiled after the first update, at {at}: {cause}"
+
+
 def format_validation(line: Line) -> str:
     """A look at held-out rows as people read it."""
     formats = {
@@ -213,14 +231,22 @@ class Screen:
         self._every = every
         self._first = restored_step + 1
         self._tokens = self._seconds = self._waited = 0.0
+        self._recompiled: set[str] = set()
         self._bar: Progress | None = None
         if sys.stdout.isatty():
             self._bar = _start_bar(restored_step, steps)
 
     def show(self, line: Line) -> None:
-        """Moves the bar; prints the line every so many updates, the first, the last, and whatever is not finite."""
+        """Moves the bar; prints the line every so many updates, the first, the last, and whatever is not finite.
+
+        Warns of each program that was compiled during training, once.
+        """
         line = self._over_window(line)
         step = line["step"]
+        for recompiled in line.get("recompiled", ()):
+            if recompiled["program"] not in self._recompiled:
+                self._recompiled.add(recompiled["program"])
+                self.say(format_recompiled(step, recompiled))
         if self._bar is not None:
             loss, speed = line.get("loss"), line.get("tokens_per_s")
             figures = f"loss {'nan' if loss is None else f'{loss:.4f}'}"
@@ -303,4 +329,3 @@ def _write_event(events: "EventsWriter", group: str, line: Line, now: float) -> 
     numbers = {name: value for name, value in line.items() if isinstance(value, float)}
     values = [Summary.Value(tag=f"{group}/{name}", simple_value=value) for name, value in numbers.items()]
     events.write_event(Event(wall_time=now, step=line["step"], summary=Summary(value=values)))
-    events.flush()
