@@ -11,6 +11,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.mesh import acts
+from llm_jax.model.flash import flash
 from llm_jax.model.kernels import splash
 from llm_jax.model.sight import Places, Sight, reach, visible
 
@@ -55,6 +56,8 @@ def attention(
             return _chunked(*arguments, sight, soft_cap)
         case "splash":
             return splash(*arguments, sight, soft_cap)
+        case "flash":
+            return flash(q_BTHC, k_BSKC, v_BSKC, sinks_H, there, sight, soft_cap)
     raise AssertionError(f"attention backend {backend!r} was not resolved")
 
 

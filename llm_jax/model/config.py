@@ -193,8 +193,8 @@ class ModelConfig(Config):
     """Type of activations and matrix products; master weights stay float32."""
     gather_dtype: Literal["compute", "float32"] = "compute"
     """Type in which fsdp gathers weights and reduces their gradients."""
-    attention: Literal["auto", "xla", "chunked", "splash"] = "auto"
-    """Attention backend; auto is chunked on a CPU, splash on a TPU where it can, else xla; the choice is printed."""
+    attention: Literal["auto", "xla", "chunked", "splash", "flash"] = "auto"
+    """Backend; auto is chunked on a CPU, splash on a TPU and flash on a GPU where they can, else xla; it is printed."""
     logit_chunk: Annotated[int, Ge(1)] | None = None
     """Logits a device holds at a time for the loss; null is 2**21 on a CPU, for its caches, and 2**28 elsewhere."""
     unroll: Annotated[int, Ge(1)] = 1
