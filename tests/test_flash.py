@@ -13,7 +13,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from llm_jax.alphabet import MESH_AXES
 from llm_jax.mesh import EXPLICIT
-from llm_jax.model import flash, flash_backward, flash_tiles, kernels
+from llm_jax.model import flash_backward, flash_tiles, kernels
 from llm_jax.model.attention import attention
 from llm_jax.model.flash_tiles import tiles_for
 from llm_jax.model.intervals import Intervals, intervals, visits
@@ -61,7 +61,7 @@ def test_tiles_outside_are_not_visited_and_those_inside_have_no_mask(name):
         pairs = sees(CASES[name].sight, x.segments_BT[b], x.positions_BT[b])
         pairs = np.concatenate([pairs, np.zeros((64, T), bool)])
         tiles_IJ = pairs.reshape(-1, queries, T // keys, keys).swapaxes(1, 2)
-        some_IJ, all_IJ = tiles_IJ.any((2, 3)), tiles_IJ.all((2, 3))
+        some_IJ, all_IJ = np.any(tiles_IJ, axis=(2, 3)), np.all(tiles_IJ, axis=(2, 3))
         for spans, some, whole in ((of_queries[b], some_IJ, all_IJ), (of_keys[b], some_IJ.T, all_IJ.T)):
             for (start, first, after, stop), some_here, all_here in zip(spans, some, whole, strict=True):
                 met, inside = np.flatnonzero(some_here), np.flatnonzero(all_here)
@@ -186,7 +186,7 @@ def planted(monkeypatch):
 def one_tile_too_few(monkeypatch):
     """The last tile that a query may see is left out."""
     monkeypatch.setattr(
-        flash,
+        flash_tiles,
         "visits",
         lambda *arguments: (v := visits(*arguments))._replace(
             of_queries=v.of_queries - jnp.array([0, 1, 1, 1])[None, None]

@@ -12,8 +12,8 @@ from jax.experimental.pallas import triton
 from llm_jax.mesh import acts
 from llm_jax.model import kernels
 from llm_jax.model.flash_backward import keys_gradients, queries_gradient
-from llm_jax.model.flash_tiles import LOG2_E, How, along, cost, loaded, power, scores, stored, tiles_for
-from llm_jax.model.intervals import Intervals, intervals, visits
+from llm_jax.model.flash_tiles import LOG2_E, How, Ways, along, cost, loaded, power, scores, stored, tiles_for, ways
+from llm_jax.model.intervals import Intervals, intervals
 from llm_jax.model.sight import Places, Sight
 
 # Below every score, and not so far that differences overflow.
@@ -55,7 +55,9 @@ def attend(q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, sinks_H: Array | None, s
     # Who was added sees nobody.
     seen = Intervals(_filled(seen.low, to_T, S), _filled(seen.high, to_T, 0))
     sinks_H = None if sinks_H is None else sinks_H.astype(jnp.float32)
-    o_BTHC: Array = _attend(how, q_BTHC, k_BSKC, v_BSKC, sinks_H, seen)
+    # Found here and not inside, so that layers that look alike find it once.
+    to = ways(seen, how.tiles, S + to_S)
+    o_BTHC: Array = _attend(how, q_BTHC, k_BSKC, v_BSKC, sinks_H, to)
     return o_BTHC[:, :T]
 
 
@@ -64,17 +66,16 @@ def _filled(x_BT: Array, n: int, value: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: How, q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, sinks_H: Array | None, seen: Intervals) -> Array:
+def _attend(how: How, q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, sinks_H: Array | None, to: Ways) -> Array:
     """o_BTHC where tiles divide T and S."""
-    return _forward(how, q_BTHC, k_BSKC, v_BSKC, sinks_H, seen)[0]
+    return _forward(how, q_BTHC, k_BSKC, v_BSKC, sinks_H, to)[0]
 
 
 def _forward(
-    how: How, q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, sinks_H: Array | None, seen: Intervals
+    how: How, q_BTHC: Array, k_BSKC: Array, v_BSKC: Array, sinks_H: Array | None, to: Ways
 ) -> tuple[Array, tuple[Any, ...]]:
     (B, T, H, C), (S, K) = q_BTHC.shape, k_BSKC.shape[1:3]
     tiles, G, width = how.tiles.forward, H // K, power(C)
-    span_BI4 = visits(seen, tiles.queries, tiles.keys, S).of_queries
     of_tile = pl.BlockSpec((None, tiles.queries, None, width), lambda i, h, b: (b, i, h, 0))
     of_row = pl.BlockSpec((None, S, None, width), lambda i, h, b: (b, 0, h // G, 0))
     interval = pl.BlockSpec((None, tiles.queries), lambda i, h, b: (b, i))
@@ -96,9 +97,9 @@ def _forward(
         cost_estimate=cost(q_BTHC, k_BSKC, 2),
         interpret=how.interpret,
         name="flash_forward",
-    )(span_BI4, seen.low, seen.high, sinks_H, q_BTHC, k_BSKC, v_BSKC)
+    )(to.forward, *to.seen, sinks_H, q_BTHC, k_BSKC, v_BSKC)
     o_BTHC, normaliser_BHT = outputs
-    return o_BTHC, (q_BTHC, k_BSKC, v_BSKC, sinks_H, seen, o_BTHC, normaliser_BHT)
+    return o_BTHC, (q_BTHC, k_BSKC, v_BSKC, sinks_H, to, o_BTHC, normaliser_BHT)
 
 
 def _kernel(
@@ -147,9 +148,9 @@ def _kernel(
 
 
 def _backward(how: How, saved: tuple[Any, ...], do_BTHC: Array) -> tuple[Array, Array, Array, Array | None, None]:
-    q_BTHC, k_BSKC, v_BSKC, sinks_H, seen, o_BTHC, normaliser_BHT = saved
+    q_BTHC, k_BSKC, v_BSKC, sinks_H, to, o_BTHC, normaliser_BHT = saved
     inner_BHT = jnp.swapaxes(jnp.sum(do_BTHC.astype(jnp.float32) * o_BTHC.astype(jnp.float32), axis=-1), 1, 2)
-    arguments = (q_BTHC, k_BSKC, v_BSKC, do_BTHC, normaliser_BHT, inner_BHT, seen, how)
+    arguments = (q_BTHC, k_BSKC, v_BSKC, do_BTHC, normaliser_BHT, inner_BHT, to, how)
     dsinks_H = None
     if sinks_H is not None:
         # The sink's value is zero: its share moves by -inner alone.

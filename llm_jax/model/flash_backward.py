@@ -14,8 +14,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from llm_jax.model.flash_tiles import How, along, cost, loaded, power, scores, stored
-from llm_jax.model.intervals import Intervals, visits
+from llm_jax.model.flash_tiles import How, Ways, along, cost, loaded, power, scores, stored
 
 
 def queries_gradient(
@@ -25,13 +24,12 @@ def queries_gradient(
     do_BTHC: Array,
     normaliser_BHT: Array,
     inner_BHT: Array,
-    seen: Intervals,
+    to: Ways,
     how: How,
 ) -> Array:
     """dq_BTHC; inner_BHT is the product of each query's output and its gradient."""
     (B, T, H, C), (S, K) = q_BTHC.shape, k_BSKC.shape[1:3]
     tiles, G, width = how.tiles.queries, H // K, power(C)
-    span_BI4 = visits(seen, tiles.queries, tiles.keys, S).of_queries
     of_tile = pl.BlockSpec((None, tiles.queries, None, width), lambda i, h, b: (b, i, h, 0))
     of_row = pl.BlockSpec((None, S, None, width), lambda i, h, b: (b, 0, h // G, 0))
     interval = pl.BlockSpec((None, tiles.queries), lambda i, h, b: (b, i))
@@ -56,7 +54,7 @@ def queries_gradient(
         cost_estimate=cost(q_BTHC, k_BSKC, 3),
         interpret=how.interpret,
         name="flash_queries_gradient",
-    )(span_BI4, seen.low, seen.high, q_BTHC, k_BSKC, v_BSKC, do_BTHC, normaliser_BHT, inner_BHT)
+    )(to.queries, *to.seen, q_BTHC, k_BSKC, v_BSKC, do_BTHC, normaliser_BHT, inner_BHT)
 
 
 def _queries_kernel(
@@ -105,13 +103,12 @@ def keys_gradients(
     do_BTHC: Array,
     normaliser_BHT: Array,
     inner_BHT: Array,
-    seen: Intervals,
+    to: Ways,
     how: How,
 ) -> tuple[Array, Array]:
     """dk_BSKC and dv_BSKC, the sums over all query heads of a group."""
     (B, T, H, C), (S, K) = q_BTHC.shape, k_BSKC.shape[1:3]
     tiles, G, width = how.tiles.keys, H // K, power(C)
-    span_BJ4 = visits(seen, tiles.queries, tiles.keys, S).of_keys
     of_tile = pl.BlockSpec((None, tiles.keys, None, width), lambda j, k, b: (b, j, k, 0))
     of_row = pl.BlockSpec((None, T, G, width), lambda j, k, b: (b, 0, k, 0))
     interval = pl.BlockSpec((None, T), lambda j, k, b: (b, 0))
@@ -136,7 +133,7 @@ def keys_gradients(
         cost_estimate=cost(q_BTHC, k_BSKC, 4),
         interpret=how.interpret,
         name="flash_keys_gradients",
-    )(span_BJ4, seen.low, seen.high, q_BTHC, k_BSKC, v_BSKC, do_BTHC, normaliser_BHT, inner_BHT)
+    )(to.keys, *to.seen, q_BTHC, k_BSKC, v_BSKC, do_BTHC, normaliser_BHT, inner_BHT)
 
 
 def _keys_kernel(

@@ -11,6 +11,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from llm_jax.model.intervals import Intervals, visits
+
 # GPUs have an instruction for powers of two: scores inside of kernels are in units of ln 2.
 LOG2_E = math.log2(math.e)
 # Terms that a product on tensor cores has at least.
@@ -40,6 +42,15 @@ class Kernels(NamedTuple):
     """That of the keys' and values' gradients."""
 
 
+class Ways(NamedTuple):
+    """Where each kernel has to go: who sees whom, and its visits (intervals.Visits)."""
+
+    seen: Intervals
+    forward: Array
+    queries: Array
+    keys: Array
+
+
 class How(NamedTuple):
     """What kernels are compiled for, beside shapes."""
 
@@ -60,6 +71,12 @@ def tiles_for(T: int, S: int, C: int) -> Kernels:
         return tiles._replace(queries=min(tiles.queries, power(T)), keys=min(tiles.keys, power(S)))
 
     return Kernels(*map(fitted, NARROW if C <= 64 else WIDE))
+
+
+def ways(seen: Intervals, tiles: Kernels, S: int) -> Ways:
+    """Those of queries that see these keys."""
+    forward, queries, keys = (visits(seen, each.queries, each.keys, S) for each in tiles)
+    return Ways(seen, forward.of_queries, queries.of_queries, keys.of_keys)
 
 
 def power(n: int) -> int:

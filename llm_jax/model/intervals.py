@@ -26,22 +26,24 @@ def intervals(there: Places, sight: Sight) -> Intervals:
     """Of all queries of whole rows; sight has no global tokens. A document is what follows each other in a segment."""
     segments_BS, positions_BS = there
     S = segments_BS.shape[1]
-    s_BS = jax.lax.broadcasted_iota(jnp.int32, segments_BS.shape, 1)
     changes = segments_BS[:, 1:] != segments_BS[:, :-1]
     if sight.block is not None:
         block_BS = positions_BS // sight.block
         changes |= block_BS[:, 1:] != block_BS[:, :-1]
     begins_BS, ends_BS = (jnp.pad(changes, ((0, 0), side)) for side in ((1, 0), (0, 1)))
-    first_BS = jax.lax.cummax(jnp.where(begins_BS, s_BS, 0), axis=1)
-    after_BS = jax.lax.cummin(jnp.where(ends_BS, s_BS + 1, S), axis=1, reverse=True)
+    # Every pair is compared, in one fused reduction: a GPU makes a running maximum of a row step by step.
+    s_S = jnp.arange(S, dtype=jnp.int32)
+    t_1T1, s_11S = s_S[None, :, None], s_S[None, None, :]
+    first_BT = jnp.max(jnp.where(begins_BS[:, None] & (s_11S <= t_1T1), s_11S, 0), axis=2)
+    after_BT = jnp.min(jnp.where(ends_BS[:, None] & (s_11S >= t_1T1), s_11S + 1, S), axis=2)
     behind, ahead = reach(sight, S)
-    return Intervals(jnp.maximum(first_BS, s_BS - behind), jnp.minimum(after_BS, s_BS + ahead + 1))
+    return Intervals(jnp.maximum(first_BT, s_S[None] - behind), jnp.minimum(after_BT, s_S[None] + ahead + 1))
 
 
 class Visits(NamedTuple):
     """For tiles I of queries and J of keys, which of the others each has to visit, int32 [B, I, 4] and [B, J, 4].
 
-    Four numbers of tiles: from the first to the last one are visited, from the second to the third everyone there sees
+    Four numbers of tiles: from the first to the last one are visited; from the second to the third everyone there sees
     everyone here, so that no mask is needed.
     """
 
@@ -53,12 +55,12 @@ def visits(seen: Intervals, queries: int, keys: int, S: int) -> Visits:
     """For tiles of so many queries and keys, which divide T and S."""
     B, T = seen.low.shape
     low, high = (x.reshape(B, T // queries, queries) for x in seen)
-    low_least, low_most, high_least, high_most = (
-        x[:, :, None] for x in (low.min(2), low.max(2), high.min(2), high.max(2))
+    least_low, most_low, least_high, most_high = (
+        of_tile[:, :, None] for x in (low, high) for of_tile in (jnp.min(x, axis=2), jnp.max(x, axis=2))
     )
     start = jnp.arange(0, S, keys, dtype=jnp.int32)[None, None]
-    some_BIJ = (low_least < start + keys) & (high_most > start)
-    all_BIJ = (low_most <= start) & (high_least >= start + keys)
+    some_BIJ = (least_low < start + keys) & (most_high > start)
+    all_BIJ = (most_low <= start) & (least_high >= start + keys)
     return Visits(*(_spans(some_BIJ, all_BIJ, axis) for axis in (2, 1)))
 
 
