@@ -134,12 +134,20 @@ def test_tiles_are_no_longer_than_rows():
 H100 = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
 
 
-def lowered_for_cuda(function: Callable, *shapes: tuple[tuple[int, ...], Any]) -> str:
-    """The program as it is handed to XLA on a machine with an H100."""
-    mesh = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES, axis_types=EXPLICIT, abstract_device=H100)
-    whole = jax.NamedSharding(mesh, jax.P())
+def gpus(**sizes: int) -> AbstractMesh:
+    """A mesh of H100s; axes that are not named are 1."""
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    return AbstractMesh(shape, MESH_AXES, axis_types=EXPLICIT, abstract_device=H100)
+
+
+def lowered_for_cuda(function: Callable, mesh: AbstractMesh, *arguments: Any) -> str:
+    """The program as it is handed to XLA on a machine with GPUs; arguments as shapes, whole where they do not say."""
+
+    def example(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return x.update(sharding=x.sharding or jax.NamedSharding(mesh, jax.P()))
+
     with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(function).trace(*(jax.ShapeDtypeStruct(*shape, sharding=whole) for shape in shapes))
+        traced = jax.jit(function).trace(*jax.tree.map(example, arguments))
         return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -167,9 +175,9 @@ def test_kernels_lower_for_a_gpu(C, H, K, case):
         o_BTHC = attention(q, k, v, here, here, sinks_H=sinks if case.sinks else None, **how)
         return jnp.sum(o_BTHC.astype(jnp.float32))
 
-    heads = [((B, T, n, C), jnp.bfloat16) for n in (H, K, K)]
-    shapes = (*heads, ((H,), jnp.float32), ((B, T), jnp.int32), ((B, T), jnp.int32))
-    text = lowered_for_cuda(jax.grad(loss, (0, 1, 2)), *shapes)
+    heads = [jax.ShapeDtypeStruct((B, T, n, C), jnp.bfloat16) for n in (H, K, K)]
+    sinks, place = jax.ShapeDtypeStruct((H,), jnp.float32), jax.ShapeDtypeStruct((B, T), jnp.int32)
+    text = lowered_for_cuda(jax.grad(loss, (0, 1, 2)), gpus(), *heads, sinks, place, place)
     assert text.count("__gpu$xla.gpu.triton") == 3
 
 
