@@ -44,20 +44,20 @@ def by_group(x_RD: Array, weight: Array, sizes_E: Array, *, transposed: bool = F
     x_RD, weight = _filled_rows(_filled(x_RD, 1)), _filled(_filled(weight, 1), 2)
     rows = _row_tile(x_RD.shape[0], tiles.rows)
     inner, outer = _tile(x_RD.shape[1], tiles.inner), _tile(_wide(F), tiles.outer)
-    tile_N3, x_RD, weight = _varying_alike(_tiles_of_rows(sizes_E, x_RD.shape[0], rows), x_RD, weight)
+    tile_N4, x_RD, weight = _varying_alike(_tiles_of_rows(sizes_E, x_RD.shape[0], rows), x_RD, weight)
     shape = (x_RD.shape[0], _wide(F))
     y_RF: Any = pl.pallas_call(
         functools.partial(_by_group_kernel, rows=rows, inner=inner, outer=outer, transposed=transposed),
         # Columns first: so a tile's rows are read once, and its group's matrix stays in the GPU's cache.
-        grid=(shape[1] // outer, tile_N3.shape[0]),
-        in_specs=[pl.BlockSpec((None, 3), lambda f, n: (n, 0)), _whole(x_RD.shape), _whole(weight.shape)],
+        grid=(shape[1] // outer, tile_N4.shape[0]),
+        in_specs=[pl.BlockSpec((None, 4), lambda f, n: (n, 0)), _whole(x_RD.shape), _whole(weight.shape)],
         out_specs=_whole(shape),
         out_shape=_like(x_RD, shape, x_RD.dtype),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         cost_estimate=_cost(R, weight.shape, x_RD.dtype.itemsize),
         interpret=kernels.INTERPRET,
         name="grouped_matmul",
-    )(tile_N3, x_RD, weight)
+    )(tile_N4, x_RD, weight)
     return y_RF[:R, :F]
 
 
@@ -65,8 +65,8 @@ def _by_group_kernel(
     tile: Any, x_ref: Any, weight_ref: Any, y_ref: Any, *, rows: int, inner: int, outer: int, transposed: bool
 ) -> None:
     """A tile of rows times so many columns of its group's matrix."""
-    group, first, stop = (tile[i] for i in range(3))
-    (R, D), E = x_ref.shape, weight_ref.shape[0]
+    group, first, stop, is_real = (tile[i] for i in range(4))
+    R, D = x_ref.shape
     # The last tile of all begins earlier, not to end behind the last row.
     start = jnp.minimum(first, R - rows)
     columns = pl.ds(pl.program_id(0) * outer, outer)
@@ -77,8 +77,8 @@ def _by_group_kernel(
         x_MD, weight = triton.load(x_ref.at[pl.ds(start, rows), terms]), triton.load(weight_ref.at[of_weight])
         return y_MF + triton.dot(x_MD, weight, trans_b=transposed)
 
-    # Group E is nobody's rows.
-    y_MF = jax.lax.fori_loop(0, jnp.where(group < E, D // inner, 0), step, jnp.zeros((rows, outer), jnp.float32))
+    steps = is_real * (D // inner)
+    y_MF = jax.lax.fori_loop(0, steps, step, jnp.zeros((rows, outer), jnp.float32))
     mine_M = _between(start + jnp.arange(rows), first, stop)
     mine_MF = jnp.broadcast_to(mine_M[:, None], y_MF.shape)
     triton.store(y_ref.at[pl.ds(start, rows), columns], y_MF.astype(y_ref.dtype), mask=mine_MF)
@@ -132,9 +132,9 @@ def _between_groups_kernel(span: Any, x_ref: Any, dy_ref: Any, dweight_ref: Any,
 
 
 def _tiles_of_rows(sizes_E: Array, R: int, rows: int) -> Array:
-    """Int32 [N, 3], as many as there can be: a tile's group, its first row, and where its group ends.
+    """Int32 [N, 4], as many as there can be: a tile's group, its first row, where its group ends, and 1.
 
-    Nobody's rows are group E. What is too many begins behind its group's end.
+    Nobody's rows are told by a 0. What is too many begins behind its group's end.
     """
     E = sizes_E.size
     sizes = jnp.concatenate([sizes_E, R - jnp.sum(sizes_E, keepdims=True)]).astype(jnp.int32)
@@ -143,7 +143,7 @@ def _tiles_of_rows(sizes_E: Array, R: int, rows: int) -> Array:
     number = jnp.arange(-(-R // rows) + E, dtype=jnp.int32)
     group = jnp.minimum(jnp.sum(number[:, None] >= last[None], axis=1, dtype=jnp.int32), E)
     first = (stop - sizes)[group] + (number - (last - tiles)[group]) * rows
-    return jnp.stack([group, first, stop[group]], axis=1)
+    return jnp.stack([jnp.minimum(group, E - 1), first, stop[group], (group < E).astype(jnp.int32)], axis=1)
 
 
 def _between(row: Array, first: Array, stop: Array) -> Array:
