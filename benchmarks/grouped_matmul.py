@@ -24,6 +24,8 @@ PRODUCTS: dict[str, Product] = {
     "ragged_dot": lambda x_RD, weight_EDF, sizes_E: jax.lax.ragged_dot(x_RD, weight_EDF, sizes_E),
     "dense": lambda x_RD, weight_EDF, sizes_E: x_RD @ weight_EDF[0],
 }
+# A kernel for GPUs, beside these on one.
+TILED: Product = lambda x_RD, weight_EDF, sizes_E: grouped_matmul(x_RD, weight_EDF, sizes_E, "tiled")  # noqa: E731
 
 
 def forward_and_backward(product: Product) -> Callable[..., Any]:
@@ -36,19 +38,20 @@ def forward_and_backward(product: Product) -> Callable[..., Any]:
     return jax.jit(both)
 
 
-def arguments_of(tokens: int, d: int, f: int, experts: int, top_k: int) -> tuple[Array, ...]:
+def arguments_of(tokens: int, d: int, f: int, experts: int, top_k: int, dtype: str) -> tuple[Array, ...]:
     """Rows of tokens that chose top_k experts each, some experts much more often than others."""
     rng = np.random.default_rng(0)
     R = tokens * top_k
     sizes_E = np.bincount(rng.choice(experts, R, p=rng.dirichlet(np.full(experts, 4.0))), minlength=experts)
     shapes = (R, d), (experts, d, f), (R, f)
-    x_RD, weight_EDF, dy_RF = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    x_RD, weight_EDF, dy_RF = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
     return x_RD, weight_EDF, jnp.asarray(sizes_E, jnp.int32), dy_RF
 
 
 def measure(rounds: int, arguments: tuple[Array, ...]) -> dict[str, tuple[list[float], list[float]]]:
     """Seconds and CPU seconds of each round, by backend."""
-    functions = {name: forward_and_backward(product) for name, product in PRODUCTS.items()}
+    products = PRODUCTS | ({"tiled": TILED} if jax.default_backend() == "gpu" else {})
+    functions = {name: forward_and_backward(product) for name, product in products.items()}
     taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in functions}
     for round_number in range(rounds + 1):
         for name, function in functions.items():
@@ -66,9 +69,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="timed rounds (default 12)")
     for name, default in {"tokens": 4096, "d": 256, "f": 344, "experts": 8, "top-k": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     chosen = parser.parse_args()
     shape = {"tokens": chosen.tokens, "d": chosen.d, "f": chosen.f, "experts": chosen.experts, "top_k": chosen.top_k}
-    taken = measure(chosen.rounds, arguments_of(**shape))
+    taken = measure(chosen.rounds, arguments_of(**shape, dtype=chosen.dtype))
     reference = statistics.median(taken["ragged_dot"][0])
     device = jax.devices()[0]
     for name, (seconds, cpu_seconds) in taken.items():
@@ -81,6 +85,7 @@ def main() -> None:
             "times_faster_than_ragged_dot": round(reference / median, 2),
             "rounds": chosen.rounds,
             **shape,
+            "dtype": chosen.dtype,
             "block_rows": block_rows(chosen.tokens * chosen.top_k, chosen.experts),
             "device": device.device_kind,
             "jax": jax.__version__,

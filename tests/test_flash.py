@@ -70,38 +70,34 @@ def test_tiles_outside_are_not_visited_and_those_inside_have_no_mask(name):
 
 
 @pytest.mark.parametrize(
-    "name", [rarely(name, ("causal", "bidirectional", "short window", "odd window to both sides")) for name in KNOWN]
+    "name", [rarely(name, ("causal", "odd window to both sides", "long blocks to both sides")) for name in KNOWN]
 )
 def test_output_and_gradients_are_those_of_the_definition(name, read_aloud):
     x, numbers = expected(CASES[name])
     assert difference(run("flash", CASES[name], x, {}), numbers) < 5e-6
 
 
-@pytest.mark.parametrize("name", [rarely(name, ("causal",)) for name in KNOWN])
+@pytest.mark.parametrize("name", ["causal", pytest.param("odd window to both sides", marks=pytest.mark.slow)])
 def test_output_and_gradients_are_those_of_the_definition_where_sharded(name, read_aloud):
     x, numbers = expected(CASES[name])
     assert difference(run("flash", CASES[name], x, SHARDED), numbers) < 5e-6
 
 
-@pytest.mark.parametrize("name", [rarely(name, ("causal", "odd window to both sides")) for name in KNOWN])
+@pytest.mark.parametrize("name", ["causal", "odd window to both sides"])
 def test_a_query_depends_on_exactly_the_keys_that_it_sees(name, read_aloud):
     assert wrong_dependences("flash", CASES[name]) == 0
 
 
-# 8 and 62 are shorter than a tile, 97 and 265 are filled up; of 192 each of two devices has 96.
+# 8 is shorter than a tile, 265 is filled up; of 192 each of two devices has 96.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("length", "mesh"), [(8, {}), (62, {}), (97, {}), (265, {}), (192, {"context": 2}), (512, {"context": 2})]
-)
+@pytest.mark.parametrize(("length", "mesh"), [(8, {}), (265, {}), (192, {"context": 2})])
 def test_every_length_is_right(length, mesh, read_aloud):
     x, case = inputs(2, length, 4, 2, 8), Case(Sight(True), sinks=True)
     assert difference(run("flash", case, x, mesh), reference(x, *case)) < 5e-6
 
 
 # 24 channels are filled up to 32; three query heads are no power of two.
-@pytest.mark.parametrize(
-    ("H", "K", "C"), [(3, 1, 24), *(pytest.param(*each, marks=pytest.mark.slow) for each in [(4, 4, 16), (4, 1, 64)])]
-)
+@pytest.mark.parametrize(("H", "K", "C"), [(3, 1, 24), pytest.param(4, 4, 16, marks=pytest.mark.slow)])
 def test_every_grouping_of_heads_and_width_is_right(H, K, C, read_aloud):
     x, case = inputs(2, 64, H, K, C), Case(Sight(True), sinks=True)
     assert difference(run("flash", case, x, {}), reference(x, *case)) < 5e-6
@@ -161,7 +157,6 @@ ANNOUNCED = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is depr
     [
         (64, 4, 4, Case(Sight(True))),
         (96, 6, 2, Case(Sight(False, window=128), soft_cap=20.0, sinks=True)),
-        pytest.param(128, 4, 1, Case(Sight(True, block=100)), marks=pytest.mark.slow),
         pytest.param(80, 3, 1, Case(Sight(True, window=500)), marks=pytest.mark.slow),
     ],
 )
