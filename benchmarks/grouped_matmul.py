@@ -23,12 +23,15 @@ Product = Callable[[Array, Array, Array], Array]
 
 
 def products(rows: int) -> dict[str, Product]:
-    """Each backend; blocked in blocks of so many rows."""
-    return {
+    """Each backend that this machine has; blocked in blocks of so many rows."""
+    backends: dict[str, Product] = {
         "blocked": lambda x_RD, weight_EDF, sizes_E: grouped_matmul(x_RD, weight_EDF, sizes_E, "blocked", rows),
         "ragged_dot": lambda x_RD, weight_EDF, sizes_E: jax.lax.ragged_dot(x_RD, weight_EDF, sizes_E),
         "dense": lambda x_RD, weight_EDF, sizes_E: x_RD @ weight_EDF[0],
     }
+    if jax.default_backend() == "gpu":
+        backends["tiled"] = lambda x_RD, weight_EDF, sizes_E: grouped_matmul(x_RD, weight_EDF, sizes_E, "tiled")
+    return backends
 
 
 def forward_and_backward(product: Product) -> Callable[..., Any]:
@@ -41,7 +44,7 @@ def forward_and_backward(product: Product) -> Callable[..., Any]:
     return jax.jit(both)
 
 
-def arguments_of(tokens: int, d: int, f: int, experts: int, top_k: int, rows: int) -> tuple[Array, ...]:
+def arguments_of(tokens: int, d: int, f: int, experts: int, top_k: int, dtype: str, rows: int) -> tuple[Array, ...]:
     """Rows of tokens that chose top_k experts each, some much more often than others; groups in multiples of `rows`."""
     rng = np.random.default_rng(0)
     R = tokens * top_k
@@ -49,14 +52,14 @@ def arguments_of(tokens: int, d: int, f: int, experts: int, top_k: int, rows: in
     sizes_E = -(-sizes_E // rows) * rows
     R = R if rows == 1 else (-(-R // rows) + experts - 1) * rows
     shapes = (R, d), (experts, d, f), (R, f)
-    x_RD, weight_EDF, dy_RF = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+    x_RD, weight_EDF, dy_RF = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
     return x_RD, weight_EDF, jnp.asarray(sizes_E, jnp.int32), dy_RF
 
 
-def measure(rounds: int, shape: dict[str, int], rows: int) -> dict[str, tuple[list[float], list[float]]]:
+def measure(rounds: int, shape: dict[str, int], dtype: str, rows: int) -> dict[str, tuple[list[float], list[float]]]:
     """Seconds and CPU seconds of each round, by backend."""
     functions = {name: forward_and_backward(product) for name, product in products(rows).items()}
-    in_blocks, exact = arguments_of(**shape, rows=rows), arguments_of(**shape, rows=1)
+    in_blocks, exact = arguments_of(**shape, dtype=dtype, rows=rows), arguments_of(**shape, dtype=dtype, rows=1)
     taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in functions}
     for round_number in range(rounds + 1):
         for name, function in functions.items():
@@ -74,10 +77,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="timed rounds (default 12)")
     for name, default in {"tokens": 4096, "d": 256, "f": 344, "experts": 8, "top-k": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default float32")
     chosen = parser.parse_args()
     shape = {"tokens": chosen.tokens, "d": chosen.d, "f": chosen.f, "experts": chosen.experts, "top_k": chosen.top_k}
     rows = group_rows("blocked", chosen.tokens * chosen.top_k, chosen.experts)
-    taken = measure(chosen.rounds, shape, rows)
+    taken = measure(chosen.rounds, shape, chosen.dtype, rows)
     reference = statistics.median(taken["ragged_dot"][0])
     device = jax.devices()[0]
     for name, (seconds, cpu_seconds) in taken.items():
@@ -90,6 +94,7 @@ def main() -> None:
             "times_faster_than_ragged_dot": round(reference / median, 2),
             "rounds": chosen.rounds,
             **shape,
+            "dtype": chosen.dtype,
             "block_rows": rows,
             "device": device.device_kind,
             "jax": jax.__version__,

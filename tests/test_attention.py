@@ -285,11 +285,13 @@ def test_scores_and_softmax_are_float32_in_bfloat16():
             assert np.max(np.abs(np.asarray(o, np.float64) - right)) < 2**-6
 
 
+GLOBAL: dict[str, Any] = {"period": (LayerConfig(block=8),), "global_tokens": 2}
+
+
 def test_auto_is_settled_once_and_an_unsettled_backend_is_an_error():
-    blocks = {"period": (LayerConfig(block=8),), "global_tokens": 2}
     platforms = ("cpu", "gpu", "tpu")
-    assert [resolve(ModelConfig(), platform, 1).attention for platform in platforms] == ["chunked", "xla", "splash"]
-    assert [resolve(ModelConfig(**blocks), platform, 1).attention for platform in platforms] == [
+    assert [resolve(ModelConfig(), platform, 1).attention for platform in platforms] == ["chunked", "flash", "splash"]
+    assert [resolve(ModelConfig(**GLOBAL), platform, 1).attention for platform in platforms] == [
         "chunked",
         "xla",
         "xla",
@@ -300,18 +302,27 @@ def test_auto_is_settled_once_and_an_unsettled_backend_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("platform", "changes", "why"),
+    ("kernel", "platform", "changes", "why"),
     [
-        ("cpu", {}, "is a kernel for TPUs, and this is a cpu"),
-        ("gpu", {}, "is a kernel for TPUs, and this is a gpu"),
-        ("tpu", {"period": (LayerConfig(block=8),), "global_tokens": 2}, "knows no model.global_tokens"),
-        ("tpu", {"d_head": 192}, "has no model.d_head = 192: up to 128, or a multiple of it"),
+        ("splash", "cpu", {}, "is a kernel for TPUs, and this is a cpu; there are xla and chunked"),
+        ("splash", "gpu", {}, "is a kernel for TPUs, and this is a gpu; there are xla, flash and chunked"),
+        ("splash", "tpu", GLOBAL, "knows no model.global_tokens; there are xla and chunked"),
+        (
+            "splash",
+            "tpu",
+            {"d_head": 192},
+            "has no model.d_head = 192: up to 128, or a multiple of it; there are xla and chunked",
+        ),
+        ("flash", "cpu", {}, "is a kernel for GPUs, and this is a cpu; there are xla and chunked"),
+        ("flash", "tpu", {}, "is a kernel for GPUs, and this is a tpu; there are xla, splash and chunked"),
+        ("flash", "gpu", GLOBAL, "knows no model.global_tokens; there are xla and chunked"),
+        ("flash", "gpu", {"d_head": 256}, "has no model.d_head = 256: up to 128; there are xla and chunked"),
     ],
 )
-def test_splash_is_refused_in_a_line_where_it_cannot_be(platform, changes, why):
+def test_kernels_are_refused_in_a_line_where_they_cannot_be(kernel, platform, changes, why):
     with pytest.raises(ConfigError) as refused:
-        resolve(ModelConfig(attention="splash", **changes), platform, 1)
-    assert str(refused.value) == f"model.attention = splash {why}; there are xla and chunked"
+        resolve(ModelConfig(attention=kernel, **changes), platform, 1)
+    assert str(refused.value) == f"model.attention = {kernel} {why}"
 
 
 # Planted defects. The programs of the right code are forgotten before, and the wrong ones after.

@@ -387,7 +387,7 @@ def test_the_mesh_is_the_trained_one_where_it_fits_else_fsdp():
 
 def test_attention_is_settled_for_the_machine_that_evaluates():
     run = Run(model=MODEL.model_copy(update={"attention": "chunked"}))
-    assert adapt(run, [], 1, "gpu")[0].model.attention == "xla"
+    assert adapt(run, [], 1, "gpu")[0].model.attention == "flash"
     assert adapt(run, ["model.attention=chunked"], 1, "gpu")[0].model.attention == "chunked"
 
 

@@ -157,9 +157,23 @@ def test_the_rooflines_flops_are_the_steps_own(cfg: ModelConfig, mesh: dict[str,
     assert counted == run.tokens_per_step * flops.flops_per_token(everywhere, 32, run.objective).full
 
 
-def test_every_tile_of_a_kernel_is_counted() -> None:
-    """Splash makes scores three times, once forward: nine products of queries' size where the reference makes six."""
-    cfg = BASE.model_copy(update={"attention": "splash"})
+def test_the_experts_kernels_count_as_their_products() -> None:
+    run = Run(model=EXPERTS, mesh=MeshConfig(data=1), train=TrainConfig(batch_rows=16))
+    run = run.model_copy(update={"data": run.data.model_copy(update={"seq_len": 32})})
+    mesh, counted = mesh_of(expert=2, tensor=2, fsdp=2), []
+    for backend in ("ragged", "tiled"):
+        moe = MOE.model_copy(update={"grouped_matmul": backend, "d_ff": 32})
+        cfg = EXPERTS.model_copy(update={"moe": moe})
+        with jax.set_mesh(mesh):
+            traced = trace_step(run.model_copy(update={"model": cfg}), mesh, np.zeros((cfg.vocab_size, 2), bool))
+        counted.append(product_flops(traced.jaxpr.jaxpr, 1 / 2))
+    assert counted[0] == counted[1]
+
+
+@pytest.mark.parametrize("attention", ["splash", "flash"])
+def test_every_tile_of_a_kernel_is_counted(attention: str) -> None:
+    """Both make scores three times, once forward: nine products of queries' size where the reference makes six."""
+    cfg = BASE.model_copy(update={"attention": attention})
     run = Run(model=cfg, mesh=MeshConfig(data=1), train=TrainConfig(batch_rows=16))
     run = run.model_copy(update={"data": run.data.model_copy(update={"seq_len": 1024})})
     devices = mesh_of(fsdp=4, tensor=2)

@@ -9,7 +9,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.mesh import acts
 from llm_jax.model.chunked import chunked
-from llm_jax.model.kernels import splash
 from llm_jax.model.sight import ATTENDED, MASKED, Places, Sight, visible
 
 
@@ -35,13 +34,20 @@ def attention(
     # Vectors are stored whole on every device: each takes its heads' part.
     sinks_H = None if sinks_H is None else jax.reshard(sinks_H, acts("H"))
     arguments = (q_BTHC, k_BSKC, v_BSKC, sinks_H, here, there)
+    # Pallas takes half a second to import: kernels are, where they run.
     match backend:
         case "xla":
             return _xla(*arguments, sight, soft_cap)
         case "chunked":
             return chunked(*arguments, sight, soft_cap)
         case "splash":
+            from llm_jax.model.kernels import splash
+
             return splash(*arguments, sight, soft_cap)
+        case "flash":
+            from llm_jax.model.flash import flash
+
+            return flash(q_BTHC, k_BSKC, v_BSKC, sinks_H, there, sight, soft_cap)
     raise AssertionError(f"attention backend {backend!r} was not resolved")
 
 

@@ -2,6 +2,7 @@
 
 from llm_jax.config import ConfigError
 from llm_jax.model.config import ModelConfig
+from llm_jax.model.flash_tiles import MOST_CHANNELS
 from llm_jax.model.moe import resolve_moe
 
 
@@ -21,25 +22,31 @@ def resolve(cfg: ModelConfig, platform: str, expert_axis: int) -> ModelConfig:
 
 
 def _attention(cfg: ModelConfig, platform: str) -> str:
-    """The backend. Raises ConfigError where splash is asked for and cannot be had."""
-    lacks = _splash_lacks(cfg, platform)
-    match cfg.attention:
-        case "auto":
-            return "chunked" if platform == "cpu" else "xla" if lacks else "splash"
-        case "splash" if lacks:
-            raise ConfigError(f"model.attention = splash {lacks}; there are xla and chunked")
-        case chosen:
-            return chosen
+    """The backend. Raises ConfigError where a kernel is asked for that cannot be had."""
+    if cfg.attention == "auto":
+        kernel = {"tpu": "splash", "gpu": "flash"}.get(platform)
+        return "chunked" if kernel is None else "xla" if _lacks(kernel, cfg, platform) else kernel
+    lacks = _lacks(cfg.attention, cfg, platform)
+    if lacks:
+        others = [kernel for kernel in ("splash", "flash") if not _lacks(kernel, cfg, platform)]
+        there_are = ", ".join(["xla", *others]) + " and chunked"
+        raise ConfigError(f"model.attention = {cfg.attention} {lacks}; there are {there_are}")
+    return cfg.attention
 
 
-def _splash_lacks(cfg: ModelConfig, platform: str) -> str:
-    """Why it cannot be splash; nothing where it can."""
-    if platform != "tpu":
-        return f"is a kernel for TPUs, and this is a {platform}"
-    if cfg.global_tokens:
-        return "knows no model.global_tokens"
-    if cfg.d_head > 128 and cfg.d_head % 128:
-        return f"has no model.d_head = {cfg.d_head}: up to 128, or a multiple of it"
+def _lacks(backend: str, cfg: ModelConfig, platform: str) -> str:
+    """Why it cannot be this one; nothing where it can."""
+    match backend:
+        case "splash" if platform != "tpu":
+            return f"is a kernel for TPUs, and this is a {platform}"
+        case "flash" if platform != "gpu":
+            return f"is a kernel for GPUs, and this is a {platform}"
+        case "splash" | "flash" if cfg.global_tokens:
+            return "knows no model.global_tokens"
+        case "splash" if cfg.d_head > 128 and cfg.d_head % 128:
+            return f"has no model.d_head = {cfg.d_head}: up to 128, or a multiple of it"
+        case "flash" if cfg.d_head > MOST_CHANNELS:
+            return f"has no model.d_head = {cfg.d_head}: up to {MOST_CHANNELS}"
     return ""
 
 

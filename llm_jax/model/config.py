@@ -105,8 +105,8 @@ class MoeConfig(Config):
     """Step by which each expert's choice bias moves towards even load after an update (Wang et al. 2024); 0 is off."""
     exchange: Literal["auto", "all_to_all", "all_gather", "ragged_all_to_all"] = "auto"
     """How tokens come to their experts' devices; auto depends on platform and mesh, and the choice is printed."""
-    grouped_matmul: Literal["auto", "blocked", "ragged", "einsum"] = "auto"
-    """How experts multiply; auto is blocked on a CPU, ragged elsewhere, einsum with a capacity; printed."""
+    grouped_matmul: Literal["auto", "blocked", "ragged", "tiled", "einsum"] = "auto"
+    """How experts multiply; auto is blocked on a CPU, tiled on a GPU, ragged on a TPU, einsum with a capacity."""
 
 
 class Place(NamedTuple):
@@ -193,8 +193,8 @@ class ModelConfig(Config):
     """Type of activations and matrix products; master weights stay float32."""
     gather_dtype: Literal["compute", "float32"] = "compute"
     """Type in which fsdp gathers weights and reduces their gradients."""
-    attention: Literal["auto", "xla", "chunked", "splash"] = "auto"
-    """Attention backend; auto is chunked on a CPU, splash on a TPU where it can, else xla; the choice is printed."""
+    attention: Literal["auto", "xla", "chunked", "splash", "flash"] = "auto"
+    """Backend; auto is chunked on a CPU, splash on a TPU and flash on a GPU where they can, else xla; it is printed."""
     logit_chunk: Annotated[int, Ge(1)] | None = None
     """Logits a device holds at a time for the loss; null is 2**21 on a CPU, for its caches, and 2**28 elsewhere."""
     unroll: Annotated[int, Ge(1)] = 1
@@ -313,7 +313,7 @@ class ModelConfig(Config):
             raise ConfigError(f"model.moe.top_k = {moe.top_k} is more than model.moe.experts = {moe.experts}")
         if moe.capacity_factor is None and moe.grouped_matmul == "einsum":
             raise ConfigError(
-                "model.moe.grouped_matmul = 'einsum' needs model.moe.capacity_factor; blocked and ragged do not"
+                "model.moe.grouped_matmul = 'einsum' needs model.moe.capacity_factor; blocked, ragged and tiled do not"
             )
         if moe.capacity_factor is not None and moe.grouped_matmul not in ("auto", "einsum"):
             raise ConfigError(

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-Backend = Literal["blocked", "ragged", "einsum"]
+from llm_jax.model.grouped_kernel import between_groups, by_group
+
+Backend = Literal["blocked", "ragged", "tiled", "einsum"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -18,7 +20,7 @@ def grouped_matmul(x_RD: Array, weight_EDF: Array, sizes_E: Array, backend: Back
     multiples of `rows` (group_rows), and rows that are to add nothing to the weight's gradient to be 0 in x or in y's
     gradient, those after the last group too. einsum takes every group to have R / E rows, whatever sizes_E says. A
     weight wider than x has its gradient added up in the weight's type. ragged is lax.ragged_dot, which on a CPU does E
-    times the work. Only inside a shard_map, or on one device.
+    times the work; tiled is a kernel for GPUs. Only inside a shard_map, or on one device.
     """
     return _by_group(x_RD, weight_EDF.astype(x_RD.dtype), sizes_E, backend, rows)
 
@@ -33,7 +35,11 @@ def _backward(
     backend: Backend, rows: int, saved: tuple[Array, Array, Array], dy_RF: Array
 ) -> tuple[Array, Array, None]:
     x_RD, weight_EDF, sizes_E = saved
-    dx_RD = _by_group(dy_RF, jnp.swapaxes(weight_EDF, 1, 2).astype(dy_RF.dtype), sizes_E, backend, rows)
+    cast_EDF = weight_EDF.astype(dy_RF.dtype)
+    if backend == "tiled":
+        dx_RD = by_group(dy_RF, cast_EDF, sizes_E, transposed=True)
+    else:
+        dx_RD = _by_group(dy_RF, jnp.swapaxes(cast_EDF, 1, 2), sizes_E, backend, rows)
     return dx_RD, _between_groups(x_RD, dy_RF, sizes_E, backend, rows).astype(weight_EDF.dtype), None
 
 
@@ -47,6 +53,8 @@ def _by_group(x_RD: Array, weight_EDF: Array, sizes_E: Array, backend: Backend, 
             return _blocked(x_RD, weight_EDF, sizes_E, rows)
         case "ragged":
             return jax.lax.ragged_dot(x_RD, weight_EDF, sizes_E)
+        case "tiled":
+            return by_group(x_RD, weight_EDF, sizes_E)
         case "einsum":
             E = sizes_E.size
             y_EMF = jnp.einsum("EMD,EDF->EMF", x_RD.reshape(E, -1, x_RD.shape[1]), weight_EDF)
@@ -64,6 +72,8 @@ def _between_groups(x_RD: Array, dy_RF: Array, sizes_E: Array, backend: Backend,
                 dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
             )
             return jax.lax.ragged_dot_general(x_RD, dy_RF, sizes_E, over_rows, preferred_element_type=jnp.float32)
+        case "tiled":
+            return between_groups(x_RD, dy_RF, sizes_E)
         case "einsum":
             x_EMD, dy_EMF = (a.reshape(sizes_E.size, -1, a.shape[1]) for a in (x_RD, dy_RF))
             return jnp.einsum("EMD,EMF->EDF", x_EMD, dy_EMF, preferred_element_type=jnp.float32)

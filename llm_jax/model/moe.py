@@ -50,11 +50,16 @@ def resolve_moe(moe: MoeConfig, platform: str, expert_axis: int) -> MoeConfig:
         raise ConfigError(
             "model.moe.exchange = 'ragged_all_to_all' does not run on a CPU; all_gather and all_to_all do"
         )
+    if platform != "gpu" and moe.grouped_matmul == "tiled":
+        raise ConfigError(
+            f"model.moe.grouped_matmul = 'tiled' is a kernel for GPUs, and this is a {platform}; there are blocked and "
+            "ragged"
+        )
     grouped_matmul, exchange = moe.grouped_matmul, moe.exchange
     if moe.capacity_factor is not None:
         return moe.model_copy(update={"grouped_matmul": "einsum", "exchange": "all_to_all"})
     if grouped_matmul == "auto":
-        grouped_matmul = "blocked" if on_cpu else "ragged"
+        grouped_matmul = {"cpu": "blocked", "gpu": "tiled"}.get(platform, "ragged")
     if exchange == "auto":
         # Gathering sends every token to every device of the group, and a token has top_k choices. Buffers that can drop
         # nothing are as large as all tokens for each device, so all_to_all never sends less than all_gather.

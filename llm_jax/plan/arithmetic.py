@@ -21,6 +21,11 @@ def product_flops(jaxpr: Jaxpr, ragged_share: float = 1.0) -> float:
                 total += _dot(equation)
             case "ragged_dot_general":
                 total += _ragged_dot(equation) * ragged_share
+            case "pallas_call" if (cost := equation.params["cost_estimate"]) is not None:
+                # How often its loops run is not known here: a kernel of ours says what it is to count for.
+                is_ragged = (equation.params["name"] or "").startswith("grouped")
+                total += cost.flops * (ragged_share if is_ragged else 1)
+                continue
         inner = [product_flops(body, ragged_share) for body in bodies(equation)]
         total += _times(equation) * (max(inner, default=0) if equation.primitive.name == "cond" else sum(inner))
     return total
