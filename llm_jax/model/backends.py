@@ -2,7 +2,6 @@
 
 from llm_jax.config import ConfigError
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.flash_tiles import MOST_CHANNELS
 from llm_jax.model.moe import resolve_moe
 
 
@@ -45,8 +44,10 @@ def _lacks(backend: str, cfg: ModelConfig, platform: str) -> str:
             return "knows no model.global_tokens"
         case "splash" if cfg.d_head > 128 and cfg.d_head % 128:
             return f"has no model.d_head = {cfg.d_head}: up to 128, or a multiple of it"
-        case "flash" if cfg.d_head > MOST_CHANNELS:
-            return f"has no model.d_head = {cfg.d_head}: up to {MOST_CHANNELS}"
+        case "flash":
+            from llm_jax.model.flash_tiles import MOST_CHANNELS
+
+            return f"has no model.d_head = {cfg.d_head}: up to {MOST_CHANNELS}" if cfg.d_head > MOST_CHANNELS else ""
     return ""
 
 

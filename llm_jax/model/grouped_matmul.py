@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from llm_jax.model.grouped_kernel import between_groups, by_group
-
 Backend = Literal["blocked", "ragged", "tiled", "einsum"]
 
 
@@ -37,6 +35,8 @@ def _backward(
     x_RD, weight_EDF, sizes_E = saved
     cast_EDF = weight_EDF.astype(dy_RF.dtype)
     if backend == "tiled":
+        from llm_jax.model.grouped_kernel import by_group
+
         dx_RD = by_group(dy_RF, cast_EDF, sizes_E, transposed=True)
     else:
         dx_RD = _by_group(dy_RF, jnp.swapaxes(cast_EDF, 1, 2), sizes_E, backend, rows)
@@ -54,6 +54,9 @@ def _by_group(x_RD: Array, weight_EDF: Array, sizes_E: Array, backend: Backend, 
         case "ragged":
             return jax.lax.ragged_dot(x_RD, weight_EDF, sizes_E)
         case "tiled":
+            # Pallas takes half a second to import.
+            from llm_jax.model.grouped_kernel import by_group
+
             return by_group(x_RD, weight_EDF, sizes_E)
         case "einsum":
             E = sizes_E.size
@@ -73,6 +76,8 @@ def _between_groups(x_RD: Array, dy_RF: Array, sizes_E: Array, backend: Backend,
             )
             return jax.lax.ragged_dot_general(x_RD, dy_RF, sizes_E, over_rows, preferred_element_type=jnp.float32)
         case "tiled":
+            from llm_jax.model.grouped_kernel import between_groups
+
             return between_groups(x_RD, dy_RF, sizes_E)
         case "einsum":
             x_EMD, dy_EMF = (a.reshape(sizes_E.size, -1, a.shape[1]) for a in (x_RD, dy_RF))
