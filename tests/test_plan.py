@@ -1,6 +1,11 @@
 """`llm-jax plan`: what it says is what the step is; what does not fit is told, with what is missing and what helps."""
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -98,6 +103,30 @@ def test_a_change_that_helps_is_found_and_compiled(capsys, monkeypatch) -> None:
     change = json.loads(out)["change"]
     assert code == NO and change["confirmed"] and change["needs"] <= (as_given + divided) / 2
     assert f"{' '.join(change['overrides'])} fits with" in err.splitlines()[-1]
+
+
+def test_a_killed_plan_leaves_nothing_running() -> None:
+    """The compiler's process has no other way to learn of a SIGKILL of who asked it than its own stdin."""
+    ask = f"""
+from llm_jax.plan import compile, chips
+from llm_jax.run import from_command_line
+compile._ask(from_command_line({TINY!r}, {SMALL!r}), chips.parse("cpu:8"))"""
+    with subprocess.Popen([sys.executable, "-c", ask]) as parent:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        within(60, lambda: children.read_text().split())
+        worker = Path("/proc", children.read_text().split()[0])
+        within(60, lambda: b"plan.worker" in (worker / "cmdline").read_bytes())
+        parent.kill()
+    # Whether the machine's first process buries the dead is its own affair.
+    within(60, lambda: not worker.exists() or b" Z " in (worker / "stat").read_bytes())
+
+
+def within(seconds: float, happened: Callable[[], object]) -> None:
+    """Waits for it, or fails."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("name", DEVICES)

@@ -1,17 +1,19 @@
 """Compiles a run's step for devices that this machine may not have; its own process, since a process has one platform.
 
-python -m llm_jax.plan.worker ANSWER < question         both JSON; plan.compile asks
+python -m llm_jax.plan.worker ANSWER < question         both JSON, the question a line; plan.compile asks
+It compiles while its stdin is open: who asked, and died, needs no answer.
 """
 
 import json
 import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from llm_jax import config
+from llm_jax import config, exit_codes
 from llm_jax.plan.chips import GPUS_OF_A_HOST, Topology, parse
 from llm_jax.run import Run, check_mesh, mesh_sizes
 
@@ -160,12 +162,18 @@ def _line(error: Exception) -> str:
 
 def main(path: str) -> None:
     """Answers the question on stdin."""
-    question = json.load(sys.stdin)
+    question = json.loads(sys.stdin.readline())
+    threading.Thread(target=_leave_with_who_asked, name="who asked", daemon=True).start()
     run = config.from_json(Run, json.dumps(question["run"]))
     Path(path).write_text(json.dumps(answer(run, parse(question["topology"]))), encoding="utf-8")
     sys.stdout.flush()
     # libtpu's threads have nothing left to do, and take seconds to end.
     os._exit(0)
+
+
+def _leave_with_who_asked() -> None:
+    sys.stdin.read()
+    os._exit(exit_codes.INTERRUPTED)
 
 
 if __name__ == "__main__":
