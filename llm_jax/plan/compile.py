@@ -130,15 +130,15 @@ def _ask(run: Run, topology: Topology) -> dict[str, Any]:
         with (
             told.open("wb") as log,
             # Its stdin stays open until it has answered: however this process ends, the worker sees it and ends too.
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=variables, bufsize=0) as worker,
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=variables, bufsize=0) as asked,
         ):
-            assert worker.stdin is not None
+            assert asked.stdin is not None
             with contextlib.suppress(BrokenPipeError):
-                worker.stdin.write(f"{question}\n".encode())
-            worker.wait()
+                asked.stdin.write(f"{question}\n".encode())
+            asked.wait()
         if not answered.exists():
             lines = [line for line in told.read_text(errors="replace").splitlines() if line.strip()]
-            last = lines[-1] if lines else f"exit code {worker.returncode}"
+            last = lines[-1] if lines else f"exit code {asked.returncode}"
             raise Impossible(f"the step does not compile for {topology.text}: {last}")
         answer = json.loads(answered.read_text(encoding="utf-8"))
     if "refused" in answer:
