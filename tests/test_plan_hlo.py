@@ -195,3 +195,24 @@ def test_traffic_counts_the_slice_of_what_is_sliced_and_nothing_on_the_chip() ->
 def test_the_largest_arrays_are_those_in_main_memory() -> None:
     (largest, *_) = traffic.largest_temporaries(hlo.parse(ON_A_TPU), 3)
     assert largest.bytes == 256 * 8 * 4 and largest.what.startswith("f32[256,8]")
+
+
+def test_a_fusion_that_is_started_moves_what_the_fusion_does() -> None:
+    """GPUs update parts of large arrays like that: neither the whole is moved, nor the part twice."""
+    text = """
+HloModule step
+%update (p.0: f32[64,8], p.1: f32[1,8], p.2: s32[]) -> f32[64,8] {
+  %p.0 = f32[64,8]{1,0} parameter(0)
+  %p.1 = f32[1,8]{1,0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  ROOT %out = f32[64,8]{1,0} dynamic-update-slice(%p.0, %p.1, %p.2, %p.2)
+}
+ENTRY %main (a: f32[64,8], b: f32[1,8], i: s32[]) -> f32[64,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %b = f32[1,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %start = ((f32[64,8]{1,0}, f32[1,8]{1,0}, s32[]), f32[64,8]{1,0}, u32[]) fusion-start(%a, %b, %i), calls=%update
+  ROOT %done = f32[64,8]{1,0} fusion-done(%start)
+}
+"""
+    assert traffic.moved_bytes(hlo.parse(text)) == 2 * 8 * 4 + 4
