@@ -19,7 +19,7 @@ from llm_jax.model.config import LayerConfig, ModelConfig, MoeConfig
 from llm_jax.plan import chips
 from llm_jax.plan import compile as compiling
 from llm_jax.plan.account import leaves, replicated_share, whole_on_devices
-from llm_jax.plan.arithmetic import product_flops
+from llm_jax.plan.arithmetic import product_flops, routed_share
 from llm_jax.plan.compile import Compiled
 from llm_jax.plan.fit import changes
 from llm_jax.plan.memory import estimate
@@ -169,7 +169,7 @@ LOCAL = BASE.model_copy(update={"period": (LayerConfig(window=8), LayerConfig())
     ("cfg", "mesh"),
     [
         (BASE, {"fsdp": 4, "tensor": 2}),
-        (EXPERTS, {"expert": 2, "tensor": 2, "fsdp": 2}),
+        (EXPERTS, {"expert": 4, "tensor": 2}),
         (LOCAL, {"context": 2, "data": 4}),
     ],
     ids=["dense", "experts", "local and global"],
@@ -180,7 +180,7 @@ def test_the_rooflines_flops_are_the_steps_own(cfg: ModelConfig, mesh: dict[str,
     devices = mesh_of(**mesh)
     with jax.set_mesh(devices):
         traced = trace_step(run, devices, np.zeros((cfg.vocab_size, 2), bool))
-    counted = product_flops(traced.jaxpr.jaxpr, 1 / devices.shape["expert"])
+    counted = product_flops(traced.jaxpr.jaxpr, routed_share(cfg, devices.shape["expert"]))
     # The reference backend computes every score, those outside of windows too.
     everywhere = cfg.model_copy(update={"period": tuple(x.model_copy(update={"window": None}) for x in cfg.period)})
     assert counted == run.tokens_per_step * flops.flops_per_token(everywhere, 32, run.objective).full

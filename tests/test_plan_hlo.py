@@ -125,6 +125,20 @@ def test_every_kind_is_found_with_its_bytes_and_axes() -> None:
     assert found["collective-permute"].axes == ("data",) and found["collective-permute"].sent == 8 * 16 * 4
 
 
+def test_a_ragged_exchange_sends_what_the_smaller_side_has_room_for() -> None:
+    text = """
+HloModule step
+ENTRY %main (a: f32[64,8], b: f32[16,8], o: s64[8]) -> f32[16,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %b = f32[16,8]{1,0} parameter(1)
+  %o = s64[8]{0} parameter(2)
+  ROOT %back = f32[16,8]{1,0} ragged-all-to-all(%a, %b, %o, %o, %o, %o), replica_groups={{0,1,2,3},{4,5,6,7}}
+}
+"""
+    (one,) = read(text)
+    assert (one.payload, one.sent) == (16 * 8 * 4, 16 * 8 * 4 * 3 / 4)
+
+
 @pytest.mark.parametrize(
     ("written", "group", "axes"),
     [

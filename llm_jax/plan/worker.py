@@ -86,7 +86,7 @@ def answer(run: Run, topology: Topology) -> dict[str, Any]:
 
     from llm_jax.mesh import make_mesh
     from llm_jax.model.backends import resolve
-    from llm_jax.plan.arithmetic import product_flops
+    from llm_jax.plan.arithmetic import product_flops, routed_share
     from llm_jax.plan.arrays import bytes_on_a_device, largest_arrays
     from llm_jax.train.start import trace_step
 
@@ -102,7 +102,8 @@ def answer(run: Run, topology: Topology) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         traced = trace_step(run, mesh, np.zeros((run.model.vocab_size, 2), bool))
         lowered = traced.lower()
-        facts: dict[str, Any] = {"flops": product_flops(traced.jaxpr.jaxpr, 1 / sizes["expert"])}
+        share = routed_share(run.model, sizes["expert"])
+        facts: dict[str, Any] = {"flops": product_flops(traced.jaxpr.jaxpr, share)}
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
