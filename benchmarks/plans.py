@@ -108,7 +108,7 @@ def memory_row(plan: Plan, change: Change | None) -> list[str]:
     return [
         f"`{plan.run.name}`",
         plan.topology.text,
-        page.mesh_told(plan),
+        page.mesh_told(plan.axes),
         f"{page.parameters(plan.run.model):,}",
         page.size(state),
         "not said" if needs is None else f"{page.size(needs)} ({needs / plan.has:.0%})",

@@ -16,7 +16,7 @@ from llm_jax.config import ConfigError, load
 from llm_jax.exit_codes import DONE, NO, USAGE
 from llm_jax.mesh import make_mesh
 from llm_jax.model.config import LayerConfig, ModelConfig, MoeConfig
-from llm_jax.plan import chips
+from llm_jax.plan import chips, search
 from llm_jax.plan import compile as compiling
 from llm_jax.plan.account import leaves, replicated_share, whole_on_devices
 from llm_jax.plan.arithmetic import product_flops, routed_share
@@ -89,6 +89,25 @@ def test_what_does_not_fit_exits_with_3_and_tells_how_much_is_missing(capsys, mo
     line = err.splitlines()[-1]
     assert "does not fit" in line and "are missing" in line and "take more devices" in line
     assert told["change"] is None
+
+
+def test_the_best_layout_is_compiled_and_no_worse_than_the_one_given(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(search, "TRIES", 1)
+    arguments = (TINY, *SMALL, *MESH, "--topology", "cpu:8", "--search")
+    code, out, err = plan(capsys, *arguments, "--json")
+    told = json.loads(out)
+    best, other, *estimated = told["layouts"]
+    assert code == DONE and "layouts estimated" in err and "1 of 1: " in err
+    assert best["compiled"] and other["compiled"] and best["fits"] and best["needs"] <= other["needs"]
+    assert [] in (best["overrides"], other["overrides"]) and best["overrides"] == told["best"]
+    assert estimated and not any(layout["compiled"] for layout in estimated)
+
+    # Nothing fits into a quarter of what the smallest needs, by a compile or by an estimate.
+    little = min(layout["needs"] for layout in told["layouts"]) / 4
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["cpu"]._replace(memory=little))
+    code, out, err = plan(capsys, *arguments)
+    assert code == NO and "compiled: does not fit, as given" in out
+    assert "none that was compiled fits" in err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from jax import Array, P
 from jax.sharding import NamedSharding
 
 from llm_jax.plan import hlo, traffic
+from llm_jax.plan.arrays import largest_arrays
 from llm_jax.plan.collectives import Collective, collectives, crossed, member_group
 from tests.small import mesh_of
 
@@ -158,6 +159,14 @@ def test_groups_are_read_as_they_are_written(written: str, group: list[int], axe
     found = member_group(f", channel_id=1, {written}, use_global_device_ids=true", 8)
     assert found == group
     assert not group or crossed(found, AXES) == axes
+
+
+def test_arrays_inside_a_shard_map_are_a_devices_own() -> None:
+    spec = P("data", "fsdp")
+    mapped = jax.shard_map(lambda x: jnp.sin(x), in_specs=spec, out_specs=spec)
+    with jax.set_mesh(mesh_of(data=2, fsdp=4)):
+        traced = jax.jit(mapped).trace(jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=on("data", "fsdp")))
+    assert [array.bytes for array in largest_arrays(traced.jaxpr.jaxpr, 3)] == [8 * 16 * 4]
 
 
 def test_what_crosses_hosts_is_told_from_what_does_not() -> None:

@@ -40,7 +40,7 @@ def products(cfg: ModelConfig) -> dict[str, int]:
 
 
 def room(cfg: ModelConfig, axes: Mapping[str, int]) -> int:
-    """Rows that the experts' buffers have for each token of a device: enough for the worst routing. Without experts 0."""
+    """Rows that experts' buffers have for each token of a device: enough for the worst routing. Without experts 0."""
     if cfg.moe is None or not cfg.n_moe_layers:
         return 0
     return axes["expert"] * min(cfg.moe.top_k, cfg.moe.experts // axes["expert"])
