@@ -14,11 +14,12 @@ import jax
 jax.config.update("jax_platforms", "cpu")  # shapes alone are needed here
 
 from llm_jax.config import load  # noqa: E402
-from llm_jax.plan import page  # noqa: E402
+from llm_jax.plan import page, search_page  # noqa: E402
 from llm_jax.plan.chips import parse  # noqa: E402
 from llm_jax.plan.compile import versions  # noqa: E402
 from llm_jax.plan.fit import Change, cheapest_change  # noqa: E402
 from llm_jax.plan.plan import Plan, make_plan  # noqa: E402
+from llm_jax.plan.search import Search, search  # noqa: E402
 from llm_jax.run import Run  # noqa: E402
 from llm_jax.train.flops import CONVENTION  # noqa: E402
 
@@ -33,6 +34,7 @@ STATED = {
     "olmoe_1b_7b": "v5p:4x8x8",
     "deepseek_v3_experts": "v5p:8x8x16",
 }
+SEARCHED = "llama3_8b"
 
 TEXT = """\
 # Plans
@@ -48,6 +50,9 @@ of main memory, each instruction's operands and results once, at its bandwidth; 
 dimension of the torus. A step takes as long as the slowest part if everything overlaps (the first figure), and their
 sum if nothing does (the second); a real one lies between, or above, since kernels do not reach data sheets. MFU is
 {convention}. A plan knows nothing of the host, of input, or of checkpoints.
+
+Experts on several devices (`mesh.expert`) have buffers with room for the worst routing, since nothing is dropped.
+Products count the rows that even routing fills, and memory's reads and writes all of them.
 
 Made with {versions}.
 
@@ -66,12 +71,16 @@ def main() -> None:
         change = None if plan.fits else cheapest_change(plan, report)
         print(json.dumps(page.as_json(plan, change)), flush=True)
         made.append((plan, change))
+    found = None
+    if SEARCHED in (arguments.names or STATED):
+        found = search(load(ROOT / "configs" / f"{SEARCHED}.py", Run), parse(STATED[SEARCHED]), report)
+        print(json.dumps(search_page.as_json(found)), flush=True)
     if arguments.write:
         told = ", ".join(f"{package} {version}" for package, version in versions().items())
         left_out = [f"`{name}`" for name in STATED if name not in {plan.run.name for plan, _ in made}]
         text = TEXT.format(convention=CONVENTION, versions=told)
         text += f"Not compiled for this page: {', '.join(left_out)}.\n\n" if left_out else ""
-        (ROOT / "docs" / "plans.md").write_text(text + tables(made), encoding="utf-8")
+        (ROOT / "docs" / "plans.md").write_text(text + tables(made) + searched(found), encoding="utf-8")
 
 
 def report(line: str) -> None:
@@ -95,6 +104,21 @@ def tables(made: list[tuple[Plan, Change | None]]) -> str:
         "## Collectives of an update, those of 1% of what is sent or more",
     )
     return "\n".join(f"{title}\n\n{table}" for title, table in zip(titles, parts, strict=True))
+
+
+def searched(found: Search | None) -> str:
+    """What a search found, as a section."""
+    if found is None:
+        return ""
+    shown = (*found.compiled, *found.estimated[: search_page.N_ESTIMATED])
+    name = f"`llm-jax plan configs/{found.run.name}.py --topology {found.topology.text} --search`"
+    text = (
+        f"\n## A search\n\n{name} estimates every layout from sizes alone, scaled by what the compile of the run as\n"
+    )
+    text += f"given said, and compiles the best few; {search_page.ranked_by(found)}. In one line it says:\n\n"
+    text += f"> {search_page.verdict(found)}\n\n"
+    columns = (*search_page.COLUMNS, *search_page.TIMES)
+    return text + rows(*columns, of=[[*search_page.row(one), *search_page.times(one)] for one in shown])
 
 
 def memory_row(plan: Plan, change: Change | None) -> list[str]:

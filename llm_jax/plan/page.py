@@ -48,9 +48,11 @@ def state_table(plan: Plan) -> Table:
     table.add_row("all", size(sum(x.bytes for x in plan.state)), size(sum(x.on_a_device for x in plan.state)))
     active = active_parameters(model)
     of_them = f", {active:,} for each token" if active != parameters(model) else ""
-    share = replicated_share(plan.state, plan.axes)
-    table.caption = f"{parameters(model):,} parameters{of_them}; {share:.2%} of their bytes are on every device"
-    table.caption += " of fsdp x tensor"
+    table.caption = f"{parameters(model):,} parameters{of_them}; divided over neither fsdp nor tensor"
+    if plan.axes["fsdp"] * plan.axes["tensor"] > 1:
+        share = replicated_share(plan.state, plan.axes)
+        table.caption = f"{parameters(model):,} parameters{of_them}; {share:.2%} of their bytes are on every device"
+        table.caption += " of fsdp x tensor"
     return table
 
 
@@ -70,6 +72,8 @@ def memory_table(plan: Plan) -> Table:
         "peak", "not said" if needs is None else size(needs), "" if needs is None else f"{needs / plan.has:.0%}"
     )
     table.add_row("it has", size(plan.has), "")
+    if plan.topology.chip.platform == "gpu":
+        table.caption = "what JAX takes: three quarters, if XLA_PYTHON_CLIENT_MEM_FRACTION says nothing else"
     return table
 
 
