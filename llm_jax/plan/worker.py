@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_jax import config, exit_codes
+from llm_jax.alphabet import over_slices
 from llm_jax.plan.chips import GPUS_OF_A_HOST, Topology, parse
 from llm_jax.run import Run, check_mesh, mesh_sizes
 
@@ -73,7 +74,6 @@ def devices_of(topology: Topology) -> list[Any]:
     return topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
-        # To a run on GPUs each host is a slice.
         topology=f"{hosts}x1x{topology.n_devices // hosts}",
         target_config=_HOPPER.format(**told),
     ).devices
@@ -96,7 +96,7 @@ def answer(run: Run, topology: Topology) -> dict[str, Any]:
         return {"refused": f"--topology {topology.text}: {_line(error)}"}
     sizes = mesh_sizes(run.mesh, len(devices))
     check_mesh(run, sizes)
-    mesh = make_mesh(sizes, devices=devices, slices=run.mesh.slices)
+    mesh = make_mesh(sizes, devices=devices, slices=_slices(run, topology, sizes))
     run = run.model_copy(update={"model": resolve(run.model, topology.chip.platform, sizes["expert"])})
     started = time.monotonic()
     with jax.set_mesh(mesh):
@@ -113,9 +113,22 @@ def answer(run: Run, topology: Topology) -> dict[str, Any]:
             facts["too_large"] = {"arguments": arguments, "temporaries": too_large(str(error))}
             facts["temporaries"] = [list(each) for each in largest_arrays(traced.jaxpr.jaxpr, N_TEMPORARIES)]
             return facts | {"seconds": time.monotonic() - started}
-    domains = [getattr(device, "slice_index", 0) or 0 for device in mesh.devices.flat]
+    domain = "process_index" if topology.chip.platform == "gpu" else "slice_index"
+    domains = [getattr(device, domain, 0) or 0 for device in mesh.devices.flat]
     facts |= read(compiled, lowered, dict(mesh.shape), domains)
     return facts | {"seconds": time.monotonic() - started}
+
+
+def _slices(run: Run, topology: Topology, sizes: dict[str, int]) -> int | None:
+    """As a run of several hosts of GPUs has it: each is a slice, which their description does not tell."""
+    hosts = topology.n_devices // GPUS_OF_A_HOST if topology.chip.platform == "gpu" else 1
+    if run.mesh.slices is not None or hosts < 2:
+        return run.mesh.slices
+    try:
+        over_slices(sizes, hosts)
+    except config.ConfigError:
+        return None  # then a run takes its devices in plain order
+    return hosts
 
 
 def read(compiled: Any, lowered: Any, axes: dict[str, int], domains: list[int]) -> dict[str, Any]:
