@@ -15,6 +15,7 @@ jax.config.update("jax_platforms", "cpu")  # shapes alone are needed here
 
 from llm_jax.config import load  # noqa: E402
 from llm_jax.plan import page, search_page  # noqa: E402
+from llm_jax.plan.account import replicated_share  # noqa: E402
 from llm_jax.plan.chips import parse  # noqa: E402
 from llm_jax.plan.compile import versions  # noqa: E402
 from llm_jax.plan.fit import Change, cheapest_change  # noqa: E402
@@ -43,10 +44,11 @@ TEXT = """\
 slice of TPUs of the size that it is written for, with its mesh as it stands. No TPU was there.
 
 **Compiled**, by the TPU's own compiler, from the very step that `llm-jax train` runs: the memory of a device, and the
-collectives, found in the optimised program with those in loops counted as often as they run. **Added up from shapes**:
-parameters and state. **Estimated**: times. Each part of the machine works at its data sheet's speed: products of
-matrices as counted in the step (recomputation and masked scores included) at the peak; the program's reads and writes
-of main memory, each instruction's operands and results once, at its bandwidth; what is sent, by a ring, over one
+collectives, found in the optimised program with those in loops counted as often as they run; the largest array that one
+gather brings together. **Added up from shapes**: parameters and state; which part of the parameters' bytes is whole on
+every device of fsdp x tensor. **Estimated**: times. Each part of the machine works at its data sheet's speed: products
+of matrices as counted in the step (recomputation and masked scores included) at the peak; the program's reads and
+writes of main memory, each instruction's operands and results once, at its bandwidth; what is sent, by a ring, over one
 dimension of the torus. A step takes as long as the slowest part if everything overlaps (the first figure), and their
 sum if nothing does (the second); a real one lies between, or above, since kernels do not reach data sheets. MFU is
 {convention}. A plan knows nothing of the host, of input, or of checkpoints.
@@ -90,7 +92,7 @@ def report(line: str) -> None:
 
 def tables(made: list[tuple[Plan, Change | None]]) -> str:
     """Memory, then times, then collectives, a row a config."""
-    memory = ("config", "devices", "mesh", "parameters", "state", "peak", "of", "fits")
+    memory = ("config", "devices", "mesh", "parameters", "state", "peak", "of", "fits", "largest gather", "whole")
     times = ("config", "a step, s", "tokens/s", "MFU", "bound by", "FLOPs, formula", "as compiled")
     sends = ("config", "collective", "over", "devices", "count", "arrays", "a device sends")
     parts = (
@@ -138,6 +140,8 @@ def memory_row(plan: Plan, change: Change | None) -> list[str]:
         "not said" if needs is None else f"{page.size(needs)} ({needs / plan.has:.0%})",
         page.size(plan.has),
         fits,
+        page.size(max((one.largest_gather for one in plan.compiled.collectives), default=0)),
+        f"{replicated_share(plan.state, plan.axes):.3%}" if plan.axes["fsdp"] * plan.axes["tensor"] > 1 else "all",
     ]
 
 
