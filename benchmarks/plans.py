@@ -92,7 +92,7 @@ def report(line: str) -> None:
 
 def tables(made: list[tuple[Plan, Change | None]]) -> str:
     """Memory, then times, then collectives, a row a config."""
-    memory = ("config", "devices", "mesh", "parameters", "state", "peak", "of", "fits", "largest gather", "whole")
+    memory = ("config", "devices", "mesh", "parameters", "state", "peak", "of", "fits", "largest gather", "replicated")
     times = ("config", "a step, s", "tokens/s", "MFU", "bound by", "FLOPs, formula", "as compiled")
     sends = ("config", "collective", "over", "devices", "count", "arrays", "a device sends")
     parts = (
@@ -113,11 +113,9 @@ def searched(found: Search | None) -> str:
     if found is None:
         return ""
     shown = (*found.compiled, *found.estimated[: search_page.N_ESTIMATED])
-    name = f"`llm-jax plan configs/{found.run.name}.py --topology {found.topology.text} --search`"
-    text = (
-        f"\n## A search\n\n{name} estimates every layout from sizes alone, scaled by what the compile of the run as\n"
-    )
-    text += f"given said, and compiles the best few; {search_page.ranked_by(found)}. In one line it says:\n\n"
+    command = f"llm-jax plan configs/{found.run.name}.py --topology {found.topology.text} --search"
+    text = f"\n## A search\n\n`{command}` estimates every layout from\nsizes alone, scaled by what the compile of the run as "
+    text += f"given said, and compiles the best few; {search_page.ranked_by(found)}.\nIn one line it says:\n\n"
     text += f"> {search_page.verdict(found)}\n\n"
     columns = (*search_page.COLUMNS, *search_page.TIMES)
     return text + rows(*columns, of=[[*search_page.row(one), *search_page.times(one)] for one in shown])
