@@ -114,9 +114,9 @@ def searched(found: Search | None) -> str:
         return ""
     shown = (*found.compiled, *found.estimated[: search_page.N_ESTIMATED])
     command = f"llm-jax plan configs/{found.run.name}.py --topology {found.topology.text} --search"
-    text = f"\n## A search\n\n`{command}` estimates every layout from\nsizes alone, scaled by what the compile of the run "
-    text += "as given said, and compiles the best few. The table is\n"
-    text += f"{search_page.ranked_by(found)}. In one line:\n\n> {search_page.verdict(found)}\n\n"
+    text = f"\n## A search\n\n`{command}` estimates every layout from\n"
+    text += "sizes alone, scaled by what the compile of the run as given said, and compiles the best few. The table\n"
+    text += f"is {search_page.ranked_by(found)}. In one line:\n\n> {search_page.verdict(found)}\n\n"
     columns = (*search_page.COLUMNS, *search_page.TIMES)
     return text + rows(*columns, of=[[*search_page.row(one), *search_page.times(one)] for one in shown])
 
