@@ -14,11 +14,13 @@ import jax
 jax.config.update("jax_platforms", "cpu")  # shapes alone are needed here
 
 from llm_jax.config import load  # noqa: E402
-from llm_jax.plan import page  # noqa: E402
+from llm_jax.plan import page, search_page  # noqa: E402
+from llm_jax.plan.account import replicated_share  # noqa: E402
 from llm_jax.plan.chips import parse  # noqa: E402
 from llm_jax.plan.compile import versions  # noqa: E402
 from llm_jax.plan.fit import Change, cheapest_change  # noqa: E402
 from llm_jax.plan.plan import Plan, make_plan  # noqa: E402
+from llm_jax.plan.search import Search, search  # noqa: E402
 from llm_jax.run import Run  # noqa: E402
 from llm_jax.train.flops import CONVENTION  # noqa: E402
 
@@ -33,6 +35,7 @@ STATED = {
     "olmoe_1b_7b": "v5p:4x8x8",
     "deepseek_v3_experts": "v5p:8x8x16",
 }
+SEARCHED = "llama3_8b"
 
 TEXT = """\
 # Plans
@@ -41,13 +44,17 @@ TEXT = """\
 slice of TPUs of the size that it is written for, with its mesh as it stands. No TPU was there.
 
 **Compiled**, by the TPU's own compiler, from the very step that `llm-jax train` runs: the memory of a device, and the
-collectives, found in the optimised program with those in loops counted as often as they run. **Added up from shapes**:
-parameters and state. **Estimated**: times. Each part of the machine works at its data sheet's speed: products of
-matrices as counted in the step (recomputation and masked scores included) at the peak; the program's reads and writes
-of main memory, each instruction's operands and results once, at its bandwidth; what is sent, by a ring, over one
+collectives, found in the optimised program with those in loops counted as often as they run; the largest array that one
+gather brings together. **Added up from shapes**: parameters and state; which part of the parameters' bytes is whole on
+every device of fsdp x tensor. **Estimated**: times. Each part of the machine works at its data sheet's speed: products
+of matrices as counted in the step (recomputation and masked scores included) at the peak; the program's reads and
+writes of main memory, each instruction's operands and results once, at its bandwidth; what is sent, by a ring, over one
 dimension of the torus. A step takes as long as the slowest part if everything overlaps (the first figure), and their
 sum if nothing does (the second); a real one lies between, or above, since kernels do not reach data sheets. MFU is
 {convention}. A plan knows nothing of the host, of input, or of checkpoints.
+
+Experts on several devices (`mesh.expert`) have buffers with room for the worst routing, since nothing is dropped.
+Products count the rows that even routing fills, and memory's reads and writes all of them.
 
 Made with {versions}.
 
@@ -66,12 +73,16 @@ def main() -> None:
         change = None if plan.fits else cheapest_change(plan, report)
         print(json.dumps(page.as_json(plan, change)), flush=True)
         made.append((plan, change))
+    found = None
+    if SEARCHED in (arguments.names or STATED):
+        found = search(load(ROOT / "configs" / f"{SEARCHED}.py", Run), parse(STATED[SEARCHED]), report)
+        print(json.dumps(search_page.as_json(found)), flush=True)
     if arguments.write:
         told = ", ".join(f"{package} {version}" for package, version in versions().items())
         left_out = [f"`{name}`" for name in STATED if name not in {plan.run.name for plan, _ in made}]
         text = TEXT.format(convention=CONVENTION, versions=told)
         text += f"Not compiled for this page: {', '.join(left_out)}.\n\n" if left_out else ""
-        (ROOT / "docs" / "plans.md").write_text(text + tables(made), encoding="utf-8")
+        (ROOT / "docs" / "plans.md").write_text(text + tables(made) + searched(found), encoding="utf-8")
 
 
 def report(line: str) -> None:
@@ -81,7 +92,7 @@ def report(line: str) -> None:
 
 def tables(made: list[tuple[Plan, Change | None]]) -> str:
     """Memory, then times, then collectives, a row a config."""
-    memory = ("config", "devices", "mesh", "parameters", "state", "peak", "of", "fits")
+    memory = ("config", "devices", "mesh", "parameters", "state", "peak", "of", "fits", "largest gather", "replicated")
     times = ("config", "a step, s", "tokens/s", "MFU", "bound by", "FLOPs, formula", "as compiled")
     sends = ("config", "collective", "over", "devices", "count", "arrays", "a device sends")
     parts = (
@@ -97,6 +108,19 @@ def tables(made: list[tuple[Plan, Change | None]]) -> str:
     return "\n".join(f"{title}\n\n{table}" for title, table in zip(titles, parts, strict=True))
 
 
+def searched(found: Search | None) -> str:
+    """What a search found, as a section."""
+    if found is None:
+        return ""
+    shown = (*found.compiled, *found.estimated[: search_page.N_ESTIMATED])
+    command = f"llm-jax plan configs/{found.run.name}.py --topology {found.topology.text} --search"
+    text = f"\n## A search\n\n`{command}` estimates every layout from\n"
+    text += "sizes alone, scaled by what the compile of the run as given said, and compiles the best few. The table\n"
+    text += f"is {search_page.ranked_by(found)}. In one line:\n\n> {search_page.verdict(found)}\n\n"
+    columns = (*search_page.COLUMNS, *search_page.TIMES)
+    return text + rows(*columns, of=[[*search_page.row(one), *search_page.times(one)] for one in shown])
+
+
 def memory_row(plan: Plan, change: Change | None) -> list[str]:
     """Whether it fits, and what would make it."""
     state = sum(leaf.on_a_device for leaf in plan.state)
@@ -108,12 +132,14 @@ def memory_row(plan: Plan, change: Change | None) -> list[str]:
     return [
         f"`{plan.run.name}`",
         plan.topology.text,
-        page.mesh_told(plan),
+        page.mesh_told(plan.axes),
         f"{page.parameters(plan.run.model):,}",
         page.size(state),
         "not said" if needs is None else f"{page.size(needs)} ({needs / plan.has:.0%})",
         page.size(plan.has),
         fits,
+        page.size(max((one.largest_gather for one in plan.compiled.collectives), default=0)),
+        f"{replicated_share(plan.state, plan.axes):.3%}" if plan.axes["fsdp"] * plan.axes["tensor"] > 1 else "all",
     ]
 
 

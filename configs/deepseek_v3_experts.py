@@ -8,7 +8,8 @@ attention, which is latent there, and by what is left out: multi-token predictio
 token's experts may be spread over.
 Put your own texts below texts/, or say data.source.paths=...
 
-Mesh: expert 32 x fsdp 32, for 1024 devices of 80 GB: each has 8 experts of every layer.
+Mesh: expert 16 x fsdp 32 x context 2, for 1024 devices of 95 GB (TPU v5p:8x8x16): each has 16 experts of every layer,
+and half a row at a time.
 The paper's: experts, their choice by sigmoid scores with a bias in place of a large loss, batch, peak learning rate and
 14.8 trillion tokens. Its learning rate falls along a cosine over the last 4.8 trillion, here in a line; its batch grows
 from 3072 rows.
@@ -55,8 +56,8 @@ def config() -> Run:
         data=DataConfig(source=FilesSource(paths=("texts",)), seq_len=4096, validation_share=0.001, test_share=0.001),
         tokenizer=TokenizerConfig(train_bytes=2_000_000_000),
         optim=AdamWConfig(lr=2.2e-4, b2=0.95, weight_decay=0.1, schedule="wsd", warmup_steps=2000, decay_steps=76_000),
-        mesh=MeshConfig(data=-1, fsdp=32, expert=32),
-        train=TrainConfig(steps=235_000, batch_rows=15_360, accumulation=15),
+        mesh=MeshConfig(data=-1, fsdp=32, context=2, expert=16),
+        train=TrainConfig(steps=235_000, batch_rows=15_360, accumulation=30),
         checkpoint=CheckpointConfig(every=500),
         eval=EvalConfig(every=1000, rows=1024, batch_rows=1024),
     )

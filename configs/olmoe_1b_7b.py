@@ -5,7 +5,8 @@
 6,919,161,856 parameters, as published, 1,282,017,280 of them for each token; the vocabulary needs no padding.
 Put your own texts below texts/, or say data.source.paths=...
 
-Mesh: expert 8 x fsdp 8, data over the rest, written for 256 devices (data 4) of 80 GB: 4 rows on each at a time.
+Mesh: fsdp 16, data over the rest, written for 256 devices (data 16) of 80 GB: 4 rows on each at a time. All experts of
+a layer are gathered on a device: they are small, and with mesh.expert buffers need room for the worst routing.
 The paper's: the architecture, batch, peak learning rate, both losses' coefficients and 5.1 trillion tokens; the 2000
 updates of warm-up and the decay to 10% are those of the configurations published with its code. Not the paper's: its
 optimizer decays norms too, and a last 100 billion tokens anneal the learning rate to 0.
@@ -43,7 +44,7 @@ def config() -> Run:
         data=DataConfig(source=FilesSource(paths=("texts",)), seq_len=4096, validation_share=0.001, test_share=0.001),
         tokenizer=TokenizerConfig(train_bytes=500_000_000),
         optim=AdamWConfig(lr=4e-4, b2=0.95, weight_decay=0.1, warmup_steps=2000, final_lr_share=0.1),
-        mesh=MeshConfig(data=-1, fsdp=8, expert=8),
+        mesh=MeshConfig(data=-1, fsdp=16),
         train=TrainConfig(steps=1_223_842, batch_rows=1024),
         checkpoint=CheckpointConfig(every=1000),
         eval=EvalConfig(every=1000, rows=1024, batch_rows=256),

@@ -1,6 +1,11 @@
 """`llm-jax plan`: what it says is what the step is; what does not fit is told, with what is missing and what helps."""
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,10 +16,10 @@ from llm_jax.config import ConfigError, load
 from llm_jax.exit_codes import DONE, NO, USAGE
 from llm_jax.mesh import make_mesh
 from llm_jax.model.config import LayerConfig, ModelConfig, MoeConfig
-from llm_jax.plan import chips
+from llm_jax.plan import chips, search
 from llm_jax.plan import compile as compiling
 from llm_jax.plan.account import leaves, replicated_share, whole_on_devices
-from llm_jax.plan.arithmetic import product_flops
+from llm_jax.plan.arithmetic import product_flops, routed_share
 from llm_jax.plan.compile import Compiled
 from llm_jax.plan.fit import changes
 from llm_jax.plan.memory import estimate
@@ -86,6 +91,25 @@ def test_what_does_not_fit_exits_with_3_and_tells_how_much_is_missing(capsys, mo
     assert told["change"] is None
 
 
+def test_the_best_layout_is_compiled_and_no_worse_than_the_one_given(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(search, "TRIES", 1)
+    arguments = (TINY, *SMALL, *MESH, "--topology", "cpu:8", "--search")
+    code, out, err = plan(capsys, *arguments, "--json")
+    told = json.loads(out)
+    best, other, *estimated = told["layouts"]
+    assert code == DONE and "layouts estimated" in err and "1 of 1: " in err
+    assert best["compiled"] and other["compiled"] and best["fits"] and best["needs"] <= other["needs"]
+    assert [] in (best["overrides"], other["overrides"]) and best["overrides"] == told["best"]
+    assert estimated and not any(layout["compiled"] for layout in estimated)
+
+    # Nothing fits into a quarter of what the smallest needs, by a compile or by an estimate.
+    little = min(layout["needs"] for layout in told["layouts"]) / 4
+    monkeypatch.setitem(chips.CHIPS, "cpu", chips.CHIPS["cpu"]._replace(memory=little))
+    code, out, err = plan(capsys, *arguments)
+    assert code == NO and "compiled: does not fit, as given" in out
+    assert "none that was compiled fits" in err.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_a_change_that_helps_is_found_and_compiled(capsys, monkeypatch) -> None:
     def needs(*overrides: str) -> int:
@@ -98,6 +122,30 @@ def test_a_change_that_helps_is_found_and_compiled(capsys, monkeypatch) -> None:
     change = json.loads(out)["change"]
     assert code == NO and change["confirmed"] and change["needs"] <= (as_given + divided) / 2
     assert f"{' '.join(change['overrides'])} fits with" in err.splitlines()[-1]
+
+
+def test_a_killed_plan_leaves_nothing_running() -> None:
+    """The compiler's process has no other way to learn of a SIGKILL of who asked it than its own stdin."""
+    ask = f"""
+from llm_jax.plan import compile, chips
+from llm_jax.run import from_command_line
+compile._ask(from_command_line({TINY!r}, {SMALL!r}), chips.parse("cpu:8"))"""
+    with subprocess.Popen([sys.executable, "-c", ask]) as parent:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        within(60, lambda: children.read_text().split())
+        worker = Path("/proc", children.read_text().split()[0])
+        within(60, lambda: b"plan.worker" in (worker / "cmdline").read_bytes())
+        parent.kill()
+    # Whether the machine's first process buries the dead is its own affair.
+    within(60, lambda: not worker.exists() or b" Z " in (worker / "stat").read_bytes())
+
+
+def within(seconds: float, happened: Callable[[], object]) -> None:
+    """Waits for it, or fails."""
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -140,7 +188,7 @@ LOCAL = BASE.model_copy(update={"period": (LayerConfig(window=8), LayerConfig())
     ("cfg", "mesh"),
     [
         (BASE, {"fsdp": 4, "tensor": 2}),
-        (EXPERTS, {"expert": 2, "tensor": 2, "fsdp": 2}),
+        (EXPERTS, {"expert": 4, "tensor": 2}),
         (LOCAL, {"context": 2, "data": 4}),
     ],
     ids=["dense", "experts", "local and global"],
@@ -151,7 +199,7 @@ def test_the_rooflines_flops_are_the_steps_own(cfg: ModelConfig, mesh: dict[str,
     devices = mesh_of(**mesh)
     with jax.set_mesh(devices):
         traced = trace_step(run, devices, np.zeros((cfg.vocab_size, 2), bool))
-    counted = product_flops(traced.jaxpr.jaxpr, 1 / devices.shape["expert"])
+    counted = product_flops(traced.jaxpr.jaxpr, routed_share(cfg, devices.shape["expert"]))
     # The reference backend computes every score, those outside of windows too.
     everywhere = cfg.model_copy(update={"period": tuple(x.model_copy(update={"window": None}) for x in cfg.period)})
     assert counted == run.tokens_per_step * flops.flops_per_token(everywhere, 32, run.objective).full

@@ -10,6 +10,7 @@ from jax import Array, P
 from jax.sharding import NamedSharding
 
 from llm_jax.plan import hlo, traffic
+from llm_jax.plan.arrays import largest_arrays
 from llm_jax.plan.collectives import Collective, collectives, crossed, member_group
 from tests.small import mesh_of
 
@@ -125,6 +126,20 @@ def test_every_kind_is_found_with_its_bytes_and_axes() -> None:
     assert found["collective-permute"].axes == ("data",) and found["collective-permute"].sent == 8 * 16 * 4
 
 
+def test_a_ragged_exchange_sends_what_the_smaller_side_has_room_for() -> None:
+    text = """
+HloModule step
+ENTRY %main (a: f32[64,8], b: f32[16,8], o: s64[8]) -> f32[16,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %b = f32[16,8]{1,0} parameter(1)
+  %o = s64[8]{0} parameter(2)
+  ROOT %back = f32[16,8]{1,0} ragged-all-to-all(%a, %b, %o, %o, %o, %o), replica_groups={{0,1,2,3},{4,5,6,7}}
+}
+"""
+    (one,) = read(text)
+    assert (one.payload, one.sent) == (16 * 8 * 4, 16 * 8 * 4 * 3 / 4)
+
+
 @pytest.mark.parametrize(
     ("written", "group", "axes"),
     [
@@ -144,6 +159,14 @@ def test_groups_are_read_as_they_are_written(written: str, group: list[int], axe
     found = member_group(f", channel_id=1, {written}, use_global_device_ids=true", 8)
     assert found == group
     assert not group or crossed(found, AXES) == axes
+
+
+def test_arrays_inside_a_shard_map_are_a_devices_own() -> None:
+    spec = P("data", "fsdp")
+    mapped = jax.shard_map(lambda x: jnp.sin(x), in_specs=spec, out_specs=spec)
+    with jax.set_mesh(mesh_of(data=2, fsdp=4)):
+        traced = jax.jit(mapped).trace(jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=on("data", "fsdp")))
+    assert [array.bytes for array in largest_arrays(traced.jaxpr.jaxpr, 3)] == [8 * 16 * 4]
 
 
 def test_what_crosses_hosts_is_told_from_what_does_not() -> None:
@@ -195,3 +218,24 @@ def test_traffic_counts_the_slice_of_what_is_sliced_and_nothing_on_the_chip() ->
 def test_the_largest_arrays_are_those_in_main_memory() -> None:
     (largest, *_) = traffic.largest_temporaries(hlo.parse(ON_A_TPU), 3)
     assert largest.bytes == 256 * 8 * 4 and largest.what.startswith("f32[256,8]")
+
+
+def test_a_fusion_that_is_started_moves_what_the_fusion_does() -> None:
+    """GPUs update parts of large arrays like that: neither the whole is moved, nor the part twice."""
+    text = """
+HloModule step
+%update (p.0: f32[64,8], p.1: f32[1,8], p.2: s32[]) -> f32[64,8] {
+  %p.0 = f32[64,8]{1,0} parameter(0)
+  %p.1 = f32[1,8]{1,0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  ROOT %out = f32[64,8]{1,0} dynamic-update-slice(%p.0, %p.1, %p.2, %p.2)
+}
+ENTRY %main (a: f32[64,8], b: f32[1,8], i: s32[]) -> f32[64,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %b = f32[1,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %start = ((f32[64,8]{1,0}, f32[1,8]{1,0}, s32[]), f32[64,8]{1,0}, u32[]) fusion-start(%a, %b, %i), calls=%update
+  ROOT %done = f32[64,8]{1,0} fusion-done(%start)
+}
+"""
+    assert traffic.moved_bytes(hlo.parse(text)) == 2 * 8 * 4 + 4

@@ -6,13 +6,14 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
+from llm_jax.model.config import ModelConfig
+
 
 def product_flops(jaxpr: Jaxpr, ragged_share: float = 1.0) -> float:
     """FLOPs of all products of matrices on all devices; bodies of scans count as often as they run, of a choice the
     dearest, and of a kernel every tile, those that it skips too.
 
-    ragged_share: of a ragged product's rows inside a shard_map, the share that is some expert's. With devices that
-    divide the experts its buffers have room for every token on each of them: 1 / mesh.expert, if routing is even.
+    ragged_share: of a ragged product's rows inside a shard_map, the share that is some expert's (`routed_share`).
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -29,6 +30,16 @@ def product_flops(jaxpr: Jaxpr, ragged_share: float = 1.0) -> float:
         inner = [product_flops(body, ragged_share) for body in bodies(equation)]
         total += _times(equation) * (max(inner, default=0) if equation.primitive.name == "cond" else sum(inner))
     return total
+
+
+def routed_share(cfg: ModelConfig, expert_axis: int) -> float:
+    """Of the rows of a device's buffers for its experts, the share that routing fills if it is even.
+
+    Where several devices divide the experts, there is room for as many choices of every token as experts on a device.
+    """
+    if cfg.moe is None:
+        return 1.0
+    return cfg.moe.top_k / (expert_axis * min(cfg.moe.top_k, cfg.moe.experts // expert_axis))
 
 
 def _dot(equation: JaxprEqn) -> float:

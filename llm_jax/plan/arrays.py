@@ -20,7 +20,7 @@ def largest_arrays(jaxpr: Jaxpr, n: int) -> list[Temporary]:
 def bytes_on_a_device(aval: Any) -> int:
     """Bytes of what a device has of an array of this type; inside a shard_map that is all of it."""
     shape, sharding = aval.shape, getattr(aval, "sharding", None)
-    if sharding is not None and not sharding.mesh.empty:
+    if sharding is not None and not sharding.mesh.empty and not sharding.mesh.manual_axes:
         shape = sharding.shard_shape(shape)
     return math.prod(shape) * aval.dtype.itemsize
 

@@ -31,7 +31,8 @@ class Collective(NamedTuple):
     runs: int
     """How many run, those in loops as often as they do."""
     payload: int
-    """Bytes of the whole arrays: what a gather results in, what all others are given; on one device."""
+    """Bytes of the whole arrays: what a gather results in, what all others are given; on one device. Of ragged
+    exchanges the smaller of what is given and what results, which is about what moves if routing is even."""
     sent: int
     """Bytes that a device sends, and receives, by a ring: (n-1)/n of the payload, twice that for an all-reduce."""
     slow: bool
@@ -75,8 +76,10 @@ def collective(execution: Execution, axes: Mapping[str, int], domains: Sequence[
     if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     operands = operand_buffers(instruction, computation)
-    # The second operand of a ragged exchange is what it writes to, the others are offsets.
-    given = total(operands[0]) if kind == "ragged-all-to-all" else sum(total(operand) for operand in operands)
+    # A ragged exchange goes from its first operand to its second, of which one has room to spare; the others are
+    # offsets.
+    ragged = kind == "ragged-all-to-all"
+    given = min(map(total, operands[:2])) if ragged else sum(total(operand) for operand in operands)
     payload = given * n if kind == "all-gather" else given
     times = execution.times
     return Collective(

@@ -1,5 +1,6 @@
 """Asks a worker process what compiling a run's step for a topology tells, and keeps the answers."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -123,17 +124,21 @@ def versions() -> dict[str, str]:
 def _ask(run: Run, topology: Topology) -> dict[str, Any]:
     question = json.dumps({"run": config.tree(run), "topology": topology.text})
     with tempfile.TemporaryDirectory() as folder:
-        answered = Path(folder, "answer.json")
-        done = subprocess.run(
-            [sys.executable, "-m", "llm_jax.plan.worker", answered],
-            input=question,
-            capture_output=True,
-            text=True,
-            env={**os.environ, **environment(topology)},
-        )
+        answered, told = Path(folder, "answer.json"), Path(folder, "told")
+        command = [sys.executable, "-m", "llm_jax.plan.worker", str(answered)]
+        variables = {**os.environ, **environment(topology)}
+        with (
+            told.open("wb") as log,
+            # Its stdin stays open until it has answered: however this process ends, the worker sees it and ends too.
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=variables, bufsize=0) as asked,
+        ):
+            assert asked.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                asked.stdin.write(f"{question}\n".encode())
+            asked.wait()
         if not answered.exists():
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            last = lines[-1] if lines else f"exit code {done.returncode}"
+            lines = [line for line in told.read_text(errors="replace").splitlines() if line.strip()]
+            last = lines[-1] if lines else f"exit code {asked.returncode}"
             raise Impossible(f"the step does not compile for {topology.text}: {last}")
         answer = json.loads(answered.read_text(encoding="utf-8"))
     if "refused" in answer:

@@ -119,7 +119,7 @@ def executions(program: Program) -> Iterator[Execution]:
         for instruction in computation.instructions.values():
             yield Execution(instruction, computation, times, fused)
             turns = (trip_count(instruction, computation, program) or 1) if instruction.opcode == "while" else 1
-            within = fused or instruction.opcode == "fusion"
+            within = fused or instruction.opcode in ("fusion", "fusion-start")
             pending += [(called, times * turns, within) for called in called_by(instruction, program)]
 
 

@@ -1,5 +1,6 @@
 """A plan for people, as tables; and as JSON."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from llm_jax.plan.chips import GIB
 from llm_jax.plan.compile import versions
 from llm_jax.plan.fit import Change
 from llm_jax.plan.plan import Plan
+from llm_jax.plan.roofline import Roofline
 from llm_jax.train.flops import CONVENTION, FlopsPerToken, active_parameters, flops_per_token, parameters, peak_flops
 
 N_LARGEST = 6
@@ -18,7 +20,7 @@ N_LARGEST = 6
 def show(plan: Plan, console: Console) -> None:
     """Prints what is in the plan, and then whether it fits."""
     head = f"{plan.run.name} on {plan.topology.text}: {plan.topology.n_devices} x {plan.topology.chip.kind}"
-    console.print(f"{head}, {mesh_told(plan)}", highlight=False)
+    console.print(f"{head}, {mesh_told(plan.axes)}", highlight=False)
     told = f"attention {plan.run.model.attention}, remat {plan.run.model.remat}, {plan.run.model.compute_dtype}"
     rows = f"{plan.run.train.batch_rows} rows of {plan.run.data.seq_len} tokens in {plan.run.train.accumulation} part"
     console.print(f"{told}; {rows}{'s' if plan.run.train.accumulation > 1 else ''} an update", highlight=False)
@@ -46,9 +48,11 @@ def state_table(plan: Plan) -> Table:
     table.add_row("all", size(sum(x.bytes for x in plan.state)), size(sum(x.on_a_device for x in plan.state)))
     active = active_parameters(model)
     of_them = f", {active:,} for each token" if active != parameters(model) else ""
-    share = replicated_share(plan.state, plan.axes)
-    table.caption = f"{parameters(model):,} parameters{of_them}; {share:.2%} of their bytes are on every device"
-    table.caption += " of fsdp x tensor"
+    table.caption = f"{parameters(model):,} parameters{of_them}; divided over neither fsdp nor tensor"
+    if plan.axes["fsdp"] * plan.axes["tensor"] > 1:
+        share = replicated_share(plan.state, plan.axes)
+        table.caption = f"{parameters(model):,} parameters{of_them}; {share:.2%} of their bytes are on every device"
+        table.caption += " of fsdp x tensor"
     return table
 
 
@@ -68,6 +72,8 @@ def memory_table(plan: Plan) -> Table:
         "peak", "not said" if needs is None else size(needs), "" if needs is None else f"{needs / plan.has:.0%}"
     )
     table.add_row("it has", size(plan.has), "")
+    if plan.topology.chip.platform == "gpu":
+        table.caption = "what JAX takes: three quarters, if XLA_PYTHON_CLIENT_MEM_FRACTION says nothing else"
     return table
 
 
@@ -125,7 +131,7 @@ def largest_table(plan: Plan) -> Table:
 
 def verdict(plan: Plan, change: Change | None) -> str:
     """One line: it fits, or how much is missing and what would help."""
-    name = f"{plan.run.name} on {plan.topology.text} ({mesh_told(plan)})"
+    name = f"{plan.run.name} on {plan.topology.text} ({mesh_told(plan.axes)})"
     if plan.fits:
         needs = plan.compiled.needs or 0
         return f"{name} fits: {size(needs)} of {size(plan.has)}"
@@ -141,16 +147,7 @@ def verdict(plan: Plan, change: Change | None) -> str:
 
 def as_json(plan: Plan, change: Change | None) -> dict[str, Any]:
     """Everything on the page, as JSON values; bytes and seconds, unrounded."""
-    run, line, per_token = plan.run, plan.roofline, per_token_of(plan)
-    step = None
-    if line is not None:
-        step = {
-            "seconds": line.parts,
-            "best": {"seconds": line.best, "tokens_per_s": line.tokens / line.best, "mfu": line.best_mfu},
-            "worst": {"seconds": line.worst, "tokens_per_s": line.tokens / line.worst, "mfu": line.worst_mfu},
-            "bound": line.bound,
-            "mfu_convention": CONVENTION,
-        }
+    run, per_token = plan.run, per_token_of(plan)
     return {
         "run": run.name,
         "topology": plan.topology.text,
@@ -173,10 +170,23 @@ def as_json(plan: Plan, change: Change | None) -> dict[str, Any]:
             "xla_on_a_device": plan.compiled.xla_flops,
         },
         "moved_bytes": plan.compiled.moved_bytes,
-        "step": step,
+        "step": step_json(plan.roofline),
         "change": None if change is None else change._asdict(),
         "compile_seconds": plan.compiled.seconds,
         "versions": versions(),
+    }
+
+
+def step_json(line: Roofline | None) -> dict[str, Any] | None:
+    """A roofline as JSON values."""
+    if line is None:
+        return None
+    return {
+        "seconds": line.parts,
+        "best": {"seconds": line.best, "tokens_per_s": line.tokens / line.best, "mfu": line.best_mfu},
+        "worst": {"seconds": line.worst, "tokens_per_s": line.tokens / line.worst, "mfu": line.worst_mfu},
+        "bound": line.bound,
+        "mfu_convention": CONVENTION,
     }
 
 
@@ -185,9 +195,9 @@ def per_token_of(plan: Plan) -> FlopsPerToken:
     return flops_per_token(plan.run.model, plan.run.data.seq_len, plan.run.objective)
 
 
-def mesh_told(plan: Plan) -> str:
+def mesh_told(axes: Mapping[str, int]) -> str:
     """The mesh's axes that are on."""
-    return " x ".join(f"{axis} {n}" for axis, n in plan.axes.items() if n > 1) or "one device"
+    return " x ".join(f"{axis} {n}" for axis, n in axes.items() if n > 1) or "one device"
 
 
 def size(n: float) -> str:

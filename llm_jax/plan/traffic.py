@@ -57,6 +57,10 @@ def _moved(instruction: Instruction, computation: Computation, program: Program)
     if opcode == "copy-start":
         # Its result is (to, from, a semaphore).
         return operands[0] + _main(instruction.result[:1])
+    if opcode == "fusion-start":
+        # Its result is (the operands, what it makes, a word).
+        given = sum(len(buffers) for buffers in operand_buffers(instruction, computation))
+        return _of_fusion(instruction, operands, _main(instruction.result[given:-1]), program)
     if opcode.endswith("-start"):
         return 2 * sum(operands)
     if opcode in _PARTIAL:
@@ -66,14 +70,17 @@ def _moved(instruction: Instruction, computation: Computation, program: Program)
     if opcode == "scatter":
         return 3 * sum(operands[len(operands) // 2 + 1 :])
     if opcode == "fusion":
-        inner = _called(instruction, program)
-        if inner is not None:
-            reads = sum(
-                min(_read(inner, i, program), whole) if whole else 0
-                for i, whole in enumerate(operands)
-            )  # fmt: skip
-            return reads + min(_written(inner, program), result)
+        return _of_fusion(instruction, operands, result, program)
     return sum(operands) + result
+
+
+def _of_fusion(instruction: Instruction, operands: list[int], result: int, program: Program) -> int:
+    """What a fusion moves of operands and a result of so many bytes."""
+    inner = _called(instruction, program)
+    if inner is None:
+        return sum(operands) + result
+    reads = sum(min(_read(inner, i, program), whole) if whole else 0 for i, whole in enumerate(operands))
+    return reads + min(_written(inner, program), result)
 
 
 def _called(instruction: Instruction, program: Program) -> Computation | None:

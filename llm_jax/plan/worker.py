@@ -1,17 +1,20 @@
 """Compiles a run's step for devices that this machine may not have; its own process, since a process has one platform.
 
-python -m llm_jax.plan.worker ANSWER < question         both JSON; plan.compile asks
+python -m llm_jax.plan.worker ANSWER < question         both JSON, the question a line; plan.compile asks
+It compiles while its stdin is open: who asked, and died, needs no answer.
 """
 
 import json
 import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from llm_jax import config
+from llm_jax import config, exit_codes
+from llm_jax.alphabet import over_slices
 from llm_jax.plan.chips import GPUS_OF_A_HOST, Topology, parse
 from llm_jax.run import Run, check_mesh, mesh_sizes
 
@@ -71,7 +74,6 @@ def devices_of(topology: Topology) -> list[Any]:
     return topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
-        # To a run on GPUs each host is a slice.
         topology=f"{hosts}x1x{topology.n_devices // hosts}",
         target_config=_HOPPER.format(**told),
     ).devices
@@ -84,7 +86,7 @@ def answer(run: Run, topology: Topology) -> dict[str, Any]:
 
     from llm_jax.mesh import make_mesh
     from llm_jax.model.backends import resolve
-    from llm_jax.plan.arithmetic import product_flops
+    from llm_jax.plan.arithmetic import product_flops, routed_share
     from llm_jax.plan.arrays import bytes_on_a_device, largest_arrays
     from llm_jax.train.start import trace_step
 
@@ -94,13 +96,14 @@ def answer(run: Run, topology: Topology) -> dict[str, Any]:
         return {"refused": f"--topology {topology.text}: {_line(error)}"}
     sizes = mesh_sizes(run.mesh, len(devices))
     check_mesh(run, sizes)
-    mesh = make_mesh(sizes, devices=devices, slices=run.mesh.slices)
+    mesh = make_mesh(sizes, devices=devices, slices=_slices(run, topology, sizes))
     run = run.model_copy(update={"model": resolve(run.model, topology.chip.platform, sizes["expert"])})
     started = time.monotonic()
     with jax.set_mesh(mesh):
         traced = trace_step(run, mesh, np.zeros((run.model.vocab_size, 2), bool))
         lowered = traced.lower()
-        facts: dict[str, Any] = {"flops": product_flops(traced.jaxpr.jaxpr, 1 / sizes["expert"])}
+        share = routed_share(run.model, sizes["expert"])
+        facts: dict[str, Any] = {"flops": product_flops(traced.jaxpr.jaxpr, share)}
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -110,9 +113,22 @@ def answer(run: Run, topology: Topology) -> dict[str, Any]:
             facts["too_large"] = {"arguments": arguments, "temporaries": too_large(str(error))}
             facts["temporaries"] = [list(each) for each in largest_arrays(traced.jaxpr.jaxpr, N_TEMPORARIES)]
             return facts | {"seconds": time.monotonic() - started}
-    domains = [getattr(device, "slice_index", 0) or 0 for device in mesh.devices.flat]
+    domain = "process_index" if topology.chip.platform == "gpu" else "slice_index"
+    domains = [getattr(device, domain, 0) or 0 for device in mesh.devices.flat]
     facts |= read(compiled, lowered, dict(mesh.shape), domains)
     return facts | {"seconds": time.monotonic() - started}
+
+
+def _slices(run: Run, topology: Topology, sizes: dict[str, int]) -> int | None:
+    """As a run of several hosts of GPUs has it: each is a slice, which their description does not tell."""
+    hosts = topology.n_devices // GPUS_OF_A_HOST if topology.chip.platform == "gpu" else 1
+    if run.mesh.slices is not None or hosts < 2:
+        return run.mesh.slices
+    try:
+        over_slices(sizes, hosts)
+    except config.ConfigError:
+        return None  # then a run takes its devices in plain order
+    return hosts
 
 
 def read(compiled: Any, lowered: Any, axes: dict[str, int], domains: list[int]) -> dict[str, Any]:
@@ -160,12 +176,18 @@ def _line(error: Exception) -> str:
 
 def main(path: str) -> None:
     """Answers the question on stdin."""
-    question = json.load(sys.stdin)
+    question = json.loads(sys.stdin.readline())
+    threading.Thread(target=_leave_with_who_asked, name="who asked", daemon=True).start()
     run = config.from_json(Run, json.dumps(question["run"]))
     Path(path).write_text(json.dumps(answer(run, parse(question["topology"]))), encoding="utf-8")
     sys.stdout.flush()
     # libtpu's threads have nothing left to do, and take seconds to end.
     os._exit(0)
+
+
+def _leave_with_who_asked() -> None:
+    sys.stdin.read()
+    os._exit(exit_codes.INTERRUPTED)
 
 
 if __name__ == "__main__":
