@@ -1,6 +1,7 @@
 """What every test starts from: a strict JAX on 8 emulated devices with a compile cache; and real processes."""
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import os
 import signal
@@ -24,12 +25,14 @@ EMULATED = {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / f"jax-{importlib.metadata.version('jax')}"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # XLA's default is 3: for programs this small the same bits, and up to five times the time to compile (JAX 0.12).
+    "XLA_FLAGS": "--xla_backend_optimization_level=2",
 }
 STRICT = {
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "JAX_REMOVE_SIZE_ONE_MESH_AXIS_FROM_TYPE": "true",
     # Emulated devices may wait for each other for ever: llm_jax/distributed.py, which does it for the program.
-    "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    "XLA_FLAGS": f"{EMULATED['XLA_FLAGS']} --xla_cpu_enable_concurrency_optimized_scheduler=false",
 }
 
 # A job that a shell put into the background ignores Ctrl-C, and so would everything that the tests start.
@@ -117,7 +120,8 @@ def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
     def start(*arguments: str, devices: int = 1, env: Mapping[str, str] | None = None, cwd: Path = tmp_path) -> Running:
         kept = {key: value for key, value in os.environ.items() if key not in (*STRICT, "PYTHONDONTWRITEBYTECODE")}
-        kept |= {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})}
+        kept |= {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": EMULATED["XLA_FLAGS"]}
+        kept |= env or {}
         stdout, stderr = (outputs / f"{len(started)}.{name}" for name in ("stdout", "stderr"))
         with stdout.open("w") as out, stderr.open("w") as err:
             command = [sys.executable, *arguments]
@@ -188,11 +192,22 @@ def listens(port: int) -> bool:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of tests/training.py's 40 updates in one go, on one device; for reading only."""
+    """The run directory of tests/training.py's 40 updates in one go, on one device; for reading only.
+
+    The workers of a session share it: the first makes it, the others wait.
+    """
     from tests.training import train
 
-    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
-    done = subprocess.run([sys.executable, *train(run_dir)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    mine = tmp_path_factory.getbasetemp()
+    shared = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "uninterrupted"
+    shared.mkdir(exist_ok=True)
+    run_dir, made = shared / "run", shared / "made"
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+            command = [sys.executable, *train(run_dir)]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+            made.touch()
     return run_dir

@@ -19,7 +19,7 @@ from llm_jax import config
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import ConfigError
 from llm_jax.data.prepare import Prepared, Stopped, open_prepared, prepare
-from llm_jax.mesh import acts, make_mesh
+from llm_jax.mesh import acts, compiled_for_one_call, make_mesh
 from llm_jax.model.backends import resolve
 from llm_jax.model.paths import from_tree, placed, to_tree
 from llm_jax.model.transformer import abstract_model
@@ -141,7 +141,8 @@ def state_at(
         return state
     if run.train.init_from is not None:
         return start_from(run.train.init_from, run, prepared, abstract, mesh, report)
-    return jax.jit(lambda: init_state(run.model, run.optim, run.seed, run.spikes))()
+    options = compiled_for_one_call()
+    return jax.jit(lambda: init_state(run.model, run.optim, run.seed, run.spikes), compiler_options=options)()
 
 
 def compile_programs(run: Run, mesh: Mesh, word_starts_V: np.ndarray, report: Callable[[str], None]) -> Programs:
