@@ -25,14 +25,12 @@ EMULATED = {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / f"jax-{importlib.metadata.version('jax')}"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    # XLA's default is 3: for programs this small the same bits, and up to five times the time to compile (JAX 0.12).
-    "XLA_FLAGS": "--xla_backend_optimization_level=2",
 }
 STRICT = {
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "JAX_REMOVE_SIZE_ONE_MESH_AXIS_FROM_TYPE": "true",
     # Emulated devices may wait for each other for ever: llm_jax/distributed.py, which does it for the program.
-    "XLA_FLAGS": f"{EMULATED['XLA_FLAGS']} --xla_cpu_enable_concurrency_optimized_scheduler=false",
+    "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
 }
 
 # A job that a shell put into the background ignores Ctrl-C, and so would everything that the tests start.
@@ -120,8 +118,7 @@ def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
     def start(*arguments: str, devices: int = 1, env: Mapping[str, str] | None = None, cwd: Path = tmp_path) -> Running:
         kept = {key: value for key, value in os.environ.items() if key not in (*STRICT, "PYTHONDONTWRITEBYTECODE")}
-        kept |= {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": EMULATED["XLA_FLAGS"]}
-        kept |= env or {}
+        kept |= {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})}
         stdout, stderr = (outputs / f"{len(started)}.{name}" for name in ("stdout", "stderr"))
         with stdout.open("w") as out, stderr.open("w") as err:
             command = [sys.executable, *arguments]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llm_jax.checkpoint import Checkpoints
-from tests.conftest import EMULATED, ROOT, STRICT, free_port
+from tests.conftest import ROOT, STRICT, free_port
 from tests.training import TIMES, arrays, curve, half_written, has_lines, is_saving, newest, steps_written, train
 
 STEPS, EVERY = 60, 10
@@ -118,7 +118,6 @@ def begun(trial: Trial) -> Iterator[Life]:
     """Starts the processes; none outlives the context."""
     kept = {name: value for name, value in os.environ.items() if name not in (*STRICT, "PYTHONDONTWRITEBYTECODE")}
     env = kept | {
-        "XLA_FLAGS": EMULATED["XLA_FLAGS"],
         "PYTHONPATH": str(ROOT),
         "JAX_NUM_CPU_DEVICES": "1",
         "JAX_COMPILATION_CACHE_DIR": str(trial.cache),

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.conftest import EMULATED, ROOT, STRICT
+from tests.conftest import ROOT, STRICT
 
 PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 KILL_WAIT_S = 10
@@ -88,8 +88,7 @@ class Slurm:
         # Jobs inherit what sbatch is given: this interpreter, the program, and few threads, on one device each.
         kept = {name: value for name, value in os.environ.items() if name not in (*STRICT, "PYTHONDONTWRITEBYTECODE")}
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
-        kept |= {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": EMULATED["XLA_FLAGS"]}
-        self.env = kept | {"SLURM_CONF": conf, "PATH": path}
+        self.env = kept | {"SLURM_CONF": conf, "PATH": path, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
 
     def start(self) -> None:
         """Starts the daemons; returns when every node is idle."""
