@@ -46,6 +46,7 @@ os.environ |= EMULATED | STRICT
 LONGEST = (
     "test_docs",
     "test_slurm",
+    "test_invariance",
     "test_tiny_configs",
     "test_train_processes",
     "test_kill_loop",
@@ -61,7 +62,6 @@ LONGEST = (
     "test_disk_faults",
     "test_eval_watch",
     "test_eval_lm_harness",
-    "test_invariance",
     "test_train",
     "test_eval_generate",
     "test_eval_verbs",

@@ -29,13 +29,16 @@ def commands(text: str) -> list[str]:
 
 
 def once(script: str) -> str:
-    """The script without those commands of one line that stand in it, the same, before."""
-    kept: dict[str, None] = {}
-    for number, line in enumerate(script.splitlines()):
+    """The script without those commands of one line that stood in it before."""
+    kept: list[str] = []
+    typed: set[str] = set()
+    for line in script.splitlines():
         command = re.sub(r"\s+# .*", "", line)
-        is_whole = command.startswith("llm-jax ") and not command.endswith("\\")
-        kept.setdefault(command if is_whole else f"{line}\0{number}")
-    return "\n".join(line.partition("\0")[0] for line in kept)
+        if command not in typed:
+            kept.append(line)
+        if command.startswith("llm-jax ") and not command.endswith("\\"):
+            typed.add(command)
+    return "\n".join(kept)
 
 
 def test_the_first_two_commands_are_dev_py_s() -> None:
