@@ -12,7 +12,7 @@ from llm_jax.checkpoint import Checkpoints
 from tests.conftest import Running, Start, free_port
 from tests.training import assert_close, has_lines, lines, newest, train, wait_for
 
-STEPS = 18
+STEPS = 24
 WISHES = (f"train.steps={STEPS}", "checkpoint.every=6", "checkpoint.keep=9")
 MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
 
