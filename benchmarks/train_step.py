@@ -24,11 +24,11 @@ from turns import About, serve, timed  # noqa: E402
 from workloads import WORKLOADS, random_rows  # noqa: E402
 
 from llm_jax.config import ConfigError, override  # noqa: E402
-from llm_jax.mesh import acts, make_mesh  # noqa: E402
+from llm_jax.mesh import acts, compiled_for_one_call, make_mesh  # noqa: E402
 from llm_jax.model.backends import resolve  # noqa: E402
 from llm_jax.run import Run, mesh_sizes  # noqa: E402
 from llm_jax.train.flops import CONVENTION, flops_per_token, mfu, parameters, peak_flops  # noqa: E402
-from llm_jax.train.start import SELDOM, compile_programs  # noqa: E402
+from llm_jax.train.start import compile_programs  # noqa: E402
 from llm_jax.train.state import init_state  # noqa: E402
 
 IMPORTED = time.perf_counter()
@@ -65,9 +65,7 @@ def training(name: str, run: Run) -> tuple[About, Callable[[], float]]:
         begun = time.perf_counter()
         program = compile_programs(run, mesh, word_starts_V, report=lambda line: None).step
         compile_s = time.perf_counter() - begun
-        first = jax.jit(
-            lambda: init_state(run.model, run.optim, run.seed), compiler_options=SELDOM.get(device.platform)
-        )
+        first = jax.jit(lambda: init_state(run.model, run.optim, run.seed), compiler_options=compiled_for_one_call())
         state = first()
         rows_ABU = jax.device_put(random_rows(run), jax.NamedSharding(mesh, acts("ABU")))
 

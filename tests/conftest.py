@@ -1,6 +1,7 @@
 """What every test starts from: a strict JAX on 8 emulated devices with a compile cache; and real processes."""
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import os
 import signal
@@ -45,6 +46,7 @@ os.environ |= EMULATED | STRICT
 LONGEST = (
     "test_docs",
     "test_slurm",
+    "test_invariance",
     "test_tiny_configs",
     "test_train_processes",
     "test_kill_loop",
@@ -60,7 +62,6 @@ LONGEST = (
     "test_disk_faults",
     "test_eval_watch",
     "test_eval_lm_harness",
-    "test_invariance",
     "test_train",
     "test_eval_generate",
     "test_eval_verbs",
@@ -188,11 +189,22 @@ def listens(port: int) -> bool:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of tests/training.py's 40 updates in one go, on one device; for reading only."""
+    """The run directory of tests/training.py's 40 updates in one go, on one device; for reading only.
+
+    The workers of a session share it: the first makes it, the others wait.
+    """
     from tests.training import train
 
-    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
-    done = subprocess.run([sys.executable, *train(run_dir)], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    mine = tmp_path_factory.getbasetemp()
+    shared = (mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine) / "uninterrupted"
+    shared.mkdir(exist_ok=True)
+    run_dir, made = shared / "run", shared / "made"
+    with (shared / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+            command = [sys.executable, *train(run_dir)]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+            made.touch()
     return run_dir

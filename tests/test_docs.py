@@ -14,12 +14,31 @@ import pytest
 from llm_jax.eval.task_files import TaskFile, read_tasks
 from tests.conftest import ROOT, Cli
 
-QUICK = ("train.steps=12", "optim.warmup_steps=2", "checkpoint.every=6", "eval.every=6", "eval.rows=32")
+# Few steps of a small model: what is proved is that the three programs fit together.
+QUICK = (
+    "train.steps=12", "optim.warmup_steps=2", "checkpoint.every=6", "eval.every=6", "eval.rows=32",
+    "model.d_model=32", "model.d_ff=64", "model.n_layers=2", "model.n_heads=4", "model.n_kv_heads=4",
+    "model.d_head=8", "model.vocab_size=1024", "data.seq_len=64",
+)  # fmt: skip
+DATA = ROOT / ".cache" / "data"
 
 
 def commands(text: str) -> list[str]:
     """The fenced bash blocks of a Markdown text."""
     return re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def once(script: str) -> str:
+    """The script without those commands of one line that stood in it before."""
+    kept: list[str] = []
+    typed: set[str] = set()
+    for line in script.splitlines():
+        command = re.sub(r"\s+# .*", "", line)
+        if command not in typed:
+            kept.append(line)
+        if command.startswith("llm-jax ") and not command.endswith("\\"):
+            typed.add(command)
+    return "\n".join(kept)
 
 
 def test_the_first_two_commands_are_dev_py_s() -> None:
@@ -36,18 +55,24 @@ def test_links_and_files_that_the_readme_names_exist() -> None:
 
 
 @pytest.mark.slow
-def test_the_readme_s_commands_run_as_they_stand(tmp_path: Path) -> None:
+def test_the_readme_s_commands_run_as_they_stand(cli: Cli, tmp_path: Path) -> None:
     """All but the first two, in their order, in one shell, in a copy of the project with this environment.
 
-    Then those of docs/evaluation.md, which go on with what the README's have trained.
+    Then those of docs/evaluation.md, which go on with what the README's have trained. The standard library's text is
+    prepared already, where the other tests have it.
     """
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in tracked:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
     (tmp_path / ".venv").symlink_to(sys.prefix)
+    prepared = cli("data", "prepare", str(ROOT / "configs" / "tiny_causal.py"), f"data.dir={DATA}")
+    assert prepared.returncode == 0, prepared.stderr
+    (tmp_path / "data").mkdir()
+    for folder in DATA.glob("stdlib-*"):
+        (tmp_path / "data" / folder.name).symlink_to(folder)
     pages = [commands((ROOT / name).read_text()) for name in ("README.md", "docs/evaluation.md")]
-    script = "set -eux\n" + "\n".join([*pages[0][2:], *pages[1]])
+    script = "set -eux\n" + once("\n".join([*pages[0][2:], *pages[1]]))
     env = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_NUM", "PYTHON"))}
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -75,9 +100,8 @@ def test_the_tasks_that_the_page_on_evaluation_writes_down_are_tasks(tmp_path: P
 @pytest.mark.slow
 def test_quickstart_s_programs_in_a_row(cli: Cli, tmp_path: Path) -> None:
     """The three programs of `dev.py quickstart`, with few steps: it ends with a sample and the report's path."""
-    data = f"data.dir={ROOT / '.cache' / 'data'}"
     run_dir = tmp_path / "runs" / "quickstart"
-    trained = cli("train", str(ROOT / "configs" / "quickstart.py"), data, *QUICK)
+    trained = cli("train", str(ROOT / "configs" / "quickstart.py"), f"data.dir={DATA}", *QUICK)
     assert trained.returncode == 0, trained.stderr
     scored = cli("eval", str(run_dir))
     assert scored.returncode == 0, scored.stderr

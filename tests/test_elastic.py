@@ -34,7 +34,7 @@ def to_the_end(job: list[Running]) -> None:
 def test_saved_by_four_processes_and_continued_by_other_numbers(start: Start, tmp_path: Path) -> None:
     """4 x 2 devices, asked to stop in mid-run; 2 x 4 go on, 1 x 8 on another mesh, and one device alone."""
     uninterrupted, stopped = tmp_path / "uninterrupted", tmp_path / "stopped"
-    to_the_end(begin(start, 4, 2, uninterrupted, MESH))
+    to_the_end(begin(start, 1, 8, uninterrupted, MESH))
     assert len({line["batch_hash"] for line in lines(uninterrupted)}) == STEPS
 
     job = begin(start, 4, 2, stopped, MESH)

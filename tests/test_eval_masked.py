@@ -38,7 +38,7 @@ from llm_jax.run import Run
 from llm_jax.run_directory import Refused
 from llm_jax.train.start import checkpoint_meta
 from llm_jax.train.state import init_state
-from tests.small import mesh_of
+from tests.small import QUICKLY, mesh_of
 from tests.test_eval_verbs import MODEL, SHORT, Made, evaluate, save, text_source, write_texts
 
 WEIGHTS = (nnx.State({}), nnx.State({}))
@@ -54,7 +54,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     run = Run(name="masked", run_dir=str(root / "run"), model=MODEL, data=data, objective=MlmConfig(rate=0.3), eval=few)
     prepared = prepare(data, run.tokenizer, MODEL.vocab_size, run.seed, report=lambda line: None)
     with jax.set_mesh(mesh_of()):
-        meta, state = checkpoint_meta(run, prepared, {}), jax.jit(lambda: init_state(MODEL, AdamWConfig(), 0))()
+        init = jax.jit(lambda: init_state(MODEL, AdamWConfig(), 0), compiler_options=QUICKLY)
+        meta, state = checkpoint_meta(run, prepared, {}), init()
         save(root / "run", 20, state, meta)
         halved = jax.tree.map(lambda weight: weight / 2, state.params)
         save(root / "run", 10, dataclasses.replace(state, params=halved), meta)

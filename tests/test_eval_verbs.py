@@ -1,6 +1,7 @@
 """`llm-jax eval` and `llm-jax generate` on a run directory made by hand: what they say, and what they refuse."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import lzma
@@ -40,7 +41,7 @@ from llm_jax.train.config import MeshConfig
 from llm_jax.train.start import checkpoint_meta
 from llm_jax.train.state import TrainState, init_state
 from tests.conftest import Cli, LaunchProcesses, Start
-from tests.small import mesh_of
+from tests.small import QUICKLY, mesh_of
 
 MODEL = ModelConfig(d_model=16, d_ff=32, n_layers=2, n_heads=8, n_kv_heads=4, d_head=4, vocab_size=320)
 NAMES = ("step", "loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes")
@@ -80,6 +81,11 @@ def save(run_dir: Path, step: int, state: TrainState, meta: dict) -> None:
     checkpoints.close()
 
 
+@functools.partial(jax.jit, compiler_options=QUICKLY)
+def first_state(seed: int) -> TrainState:
+    return init_state(MODEL, AdamWConfig(), seed)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("made")
@@ -92,7 +98,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     meta = checkpoint_meta(run, prepared, {})
     with jax.set_mesh(mesh_of(fsdp=8)):
         for step in (10, 20):
-            save(run_dir, step, jax.jit(lambda seed=step: init_state(MODEL, AdamWConfig(), seed))(), meta)
+            save(run_dir, step, first_state(step), meta)
     (run_dir / "tokenizer.model").write_bytes(prepared.tokenizer.model)
     return Made(run_dir, run, prepared)
 
@@ -281,7 +287,7 @@ def test_when_every_checkpoint_is_damaged_it_says_so(copy):
 
 def test_weights_alone_are_restored_whatever_the_optimizer_kept(made, copy):
     with jax.set_mesh(mesh_of(fsdp=8)):
-        state = jax.jit(lambda: init_state(MODEL, AdamWConfig(), 20))()
+        state = first_state(20)
         odd = dataclasses.replace(state, opt_state={"odd": state.step})
         save(copy, 30, odd, meta_of(copy))
     here, there = evaluate(copy), evaluate(made.run_dir)
@@ -290,7 +296,7 @@ def test_weights_alone_are_restored_whatever_the_optimizer_kept(made, copy):
 
 def test_restored_weights_are_the_saved_ones_bit_for_bit_on_any_mesh(made):
     with jax.set_mesh(mesh_of()):
-        saved = jax.device_get(jax.jit(lambda: init_state(MODEL, AdamWConfig(), 20).params)())
+        saved = jax.device_get(first_state(20).params)
     found = find(made.run_dir)
     run, sizes = adapt(found.run, ["mesh.context=2", "mesh.tensor=2"], 8, "cpu")
     mesh = make_mesh(sizes)
@@ -302,7 +308,7 @@ def test_restored_weights_are_the_saved_ones_bit_for_bit_on_any_mesh(made):
 def rewrite(copy: Path, **changes: object) -> None:
     """Checkpoint 30: that of another version, as its record says."""
     with jax.set_mesh(mesh_of(fsdp=8)):
-        save(copy, 30, jax.jit(lambda: init_state(MODEL, AdamWConfig(), 20))(), meta_of(copy) | changes)
+        save(copy, 30, first_state(20), meta_of(copy) | changes)
 
 
 def test_what_another_version_wrote_is_refused_in_words(made, copy):

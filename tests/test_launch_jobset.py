@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import yaml
-from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from llm_jax import exit_codes
 from llm_jax.launch import jobset
@@ -63,6 +62,9 @@ def leaves(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[
 
 def lost(made: Manifest) -> list[tuple[str | int, ...]]:
     """The leaves that do not come back from the published models. Raises ValueError for what they refuse."""
+    # A second to import, which each worker of the suite would spend.
+    from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+
     read = JobsetV1alpha2JobSet.from_dict(copy.deepcopy(made))
     assert read is not None
     back = dict(leaves(read.to_dict()))

@@ -27,13 +27,13 @@ from tests.training import (
 
 @pytest.mark.parametrize("moment", ["any", "saving"])
 def test_sigkill_does_not_change_a_bit(uninterrupted: Path, start: Start, tmp_path: Path, moment: str) -> None:
-    """Killed three times, at random steps or while a checkpoint is half-written, and resumed each time."""
+    """Killed twice, at random steps or while a checkpoint is half-written, and resumed each time."""
     seed = int.from_bytes(os.urandom(2))
     print(f"kill seed {seed}")
     draw = random.Random(seed)
     run_dir = tmp_path / "run"
     seen_half_written = 0
-    for _ in range(3):
+    for _ in range(2):
         running = start(*train(run_dir))
         if moment == "saving":
             wait_for(functools.partial(is_saving, run_dir, newest(run_dir) + 4), running)

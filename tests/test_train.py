@@ -2,12 +2,20 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.conftest import Cli, Start
 from tests.training import arrays, assert_same_history, copy_at, has_lines, lines, newest, train, wait_for
+
+
+@pytest.fixture(scope="module", name="uninterrupted")
+def own_uninterrupted(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy: here trainers are started on it."""
+    return Path(shutil.copytree(uninterrupted, tmp_path_factory.mktemp("uninterrupted") / "run"))
 
 
 def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:

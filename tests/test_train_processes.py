@@ -13,7 +13,7 @@ from tests.training import assert_close, has_lines, newest, steps_written, train
 @pytest.mark.parametrize(
     ("config", "mesh"),
     [
-        pytest.param("tiny_causal", "mesh.fsdp=8", marks=pytest.mark.slow),
+        # Two processes with their weights on mesh.fsdp: tests/test_elastic.py.
         ("tiny_causal", "mesh.tensor=8"),
         # Masks, choices of experts and their biases are the same too, or losses would not be.
         pytest.param("tiny_moe_mlm", "mesh.expert=8", marks=pytest.mark.slow),
@@ -25,18 +25,16 @@ def test_two_processes_are_one(
     """2 processes of 4 devices against 1 of 8, with tensor parallelism across the two as well; one goes on with it."""
     two, one = tmp_path / "two", tmp_path / "one"
     shape = (mesh, "mesh.data=1")
-    short = ("train.steps=12", "optim.schedule=constant")
+    short, long = (("optim.schedule=constant", "checkpoint.every=6", f"train.steps={n}") for n in (12, 16))
     for result in launch_processes(2, 4, train(two, *shape, *short, config=config)):
         assert result.returncode == 0, result.stdout + result.stderr
-    done = start(*train(one, *shape, *short, config=config), devices=8).wait()
+    done = start(*train(one, *shape, *long, config=config), devices=8).wait()
     assert done.returncode == 0, done.stderr
-    assert_close(two, one, 1e-6)
+    assert_close(two, one, 1e-6, steps=12)
     # One process goes on with what two have saved; a longer run is a drift that shapes no constant schedule.
-    more = ("train.steps=16", "optim.schedule=constant", "--allow-drift")
-    for run_dir in (two, one):
-        done = start(*train(run_dir, *more, config=config)).wait()
-        assert done.returncode == 0, done.stderr
-        assert "allowed drift: train.steps: 12 -> 16" in done.stdout
+    done = start(*train(two, *long, "--allow-drift", config=config)).wait()
+    assert done.returncode == 0, done.stderr
+    assert "allowed drift: train.steps: 12 -> 16" in done.stdout
     assert_close(two, one, 1e-5)
 
 

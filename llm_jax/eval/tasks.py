@@ -18,6 +18,7 @@ from llm_jax.eval.suite import NO_SUITE, Suite, score_suite
 from llm_jax.eval.task_files import Read
 from llm_jax.eval.task_scores import Likelihoods, Model, score_task
 from llm_jax.guards import Stop
+from llm_jax.mesh import compiled_for_one_call
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Transformer, Weights, split
 from llm_jax.run import Run
@@ -58,12 +59,11 @@ def likelihoods_before(asking: Callable[[Weights], Likelihoods], run: Run) -> Li
 def untrained(cfg: ModelConfig, seed: int) -> Weights:
     """The weights that training with this seed begins with, on the set mesh."""
 
-    @jax.jit
     def init() -> Weights:
         parts = split(Transformer(cfg, nnx.Rngs(params=jax.random.key(seed))))
         return parts.params, parts.balance
 
-    return init()
+    return jax.jit(init, compiler_options=compiled_for_one_call())()
 
 
 def causal_model(

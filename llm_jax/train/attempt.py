@@ -16,7 +16,7 @@ from llm_jax.data.loader import open_rows
 from llm_jax.eval.validation import Validate, make_validation
 from llm_jax.guards import Guards
 from llm_jax.manifest import Kind
-from llm_jax.mesh import told_slices
+from llm_jax.mesh import compiled_for_one_call, told_slices
 from llm_jax.model import backends
 from llm_jax.model.paths import to_tree
 from llm_jax.model.transformer import Weights
@@ -30,7 +30,6 @@ from llm_jax.train.loop import Acts, train
 from llm_jax.train.metrics import open_log, short
 from llm_jax.train.replay import differing, tell_difference
 from llm_jax.train.start import (
-    SELDOM,
     Programs,
     Session,
     begin,
@@ -121,7 +120,7 @@ def go(session: Session, programs: Programs, guards: Guards, watch: Watchdog) ->
     flops = flops_per_token(run.model, run.data.seq_len, run.objective)
     peak = peak_flops(device.device_kind, run.model.compute_dtype)
     meta = checkpoint_meta(run, session.prepared, environment.versions())
-    name_arrays = jax.jit(to_tree, compiler_options=SELDOM.get(device.platform))
+    name_arrays = jax.jit(to_tree, compiler_options=compiled_for_one_call())
     look = make_look(session) if run.eval.every else no_look
     is_first = jax.process_index() == 0
     if is_first:

@@ -19,7 +19,7 @@ from llm_jax import config
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import ConfigError
 from llm_jax.data.prepare import Prepared, Stopped, open_prepared, prepare
-from llm_jax.mesh import acts, make_mesh
+from llm_jax.mesh import acts, compiled_for_one_call, make_mesh
 from llm_jax.model.backends import resolve
 from llm_jax.model.paths import from_tree, placed, to_tree
 from llm_jax.model.transformer import abstract_model
@@ -35,10 +35,6 @@ FORMAT = 1
 
 # What depends on platform and mesh is settled anew at every start.
 PLATFORM = ("model.attention", "model.logit_chunk", "model.moe.exchange", "model.moe.grouped_matmul")
-
-# How a program that runs once, or seldom, is compiled. The first state of 7 million weights takes 3.0 CPU seconds to
-# compile where it were 6.0; it has the same bits, and is made as fast (JAX 0.10.2).
-SELDOM: dict[str, dict[str, Any]] = {"cpu": {"xla_backend_optimization_level": 1}}
 
 Step = Callable[[TrainState, Array], tuple[TrainState, Metrics]]
 
@@ -137,15 +133,17 @@ def state_at(
 ) -> TrainState:
     """The state of a checkpoint; for None the first one, from the seed or with another run's weights."""
     abstract = abstract_state(run.model, run.optim, run.spikes)
-    seldom = SELDOM.get(mesh.devices.flat[0].platform)
     if step is not None:
         tree = checkpoints.restore(step, placed(jax.eval_shape(to_tree, abstract), mesh))
-        state = jax.jit(lambda tree: from_tree(tree, abstract), compiler_options=seldom)(tree)
+        state = jax.jit(lambda tree: from_tree(tree, abstract), compiler_options=compiled_for_one_call())(tree)
         report(f"resumed from {checkpoints.directory / str(step)}")
         return state
     if run.train.init_from is not None:
         return start_from(run.train.init_from, run, prepared, abstract, mesh, report)
-    return jax.jit(lambda: init_state(run.model, run.optim, run.seed, run.spikes), compiler_options=seldom)()
+    first = jax.jit(
+        lambda: init_state(run.model, run.optim, run.seed, run.spikes), compiler_options=compiled_for_one_call()
+    )
+    return first()
 
 
 def compile_programs(run: Run, mesh: Mesh, word_starts_V: np.ndarray, report: Callable[[str], None]) -> Programs:
