@@ -13,7 +13,7 @@ from tests.training import assert_close, has_lines, newest, steps_written, train
 @pytest.mark.parametrize(
     ("config", "mesh"),
     [
-        # Two processes with their weights on mesh.fsdp: tests/test_elastic.py.
+        pytest.param("tiny_causal", "mesh.fsdp=8", marks=pytest.mark.slow),
         ("tiny_causal", "mesh.tensor=8"),
         # Masks, choices of experts and their biases are the same too, or losses would not be.
         pytest.param("tiny_moe_mlm", "mesh.expert=8", marks=pytest.mark.slow),

@@ -39,7 +39,7 @@ def expected(run: Run, axes: Mapping[str, int], weights: Sequence[Leaf], slow: f
     cfg = run.model
     per_token = flops_per_token(cfg, run.data.seq_len, run.objective)
     # A kernel that keeps no scores makes them again: nine products of queries' size where six are due.
-    attention = per_token.attention * (1.5 if cfg.attention in ("splash", "chunked") else 1)
+    attention = per_token.attention * (1.5 if cfg.attention in ("splash", "flash", "chunked") else 1)
     again = _recomputed(cfg, per_token.attention / 3)
     flops = run.tokens_per_step * (per_token.weights + attention + again)
     return Expected(flops, _moved(run, axes, weights), (*_of_weights(run, axes, weights, slow), *_of_rows(run, axes)))
@@ -51,6 +51,8 @@ def _recomputed(cfg: ModelConfig, attention: float) -> float:
         return 0
     # Each product is of the model's width and its own.
     again = sum(wide for name, wide in products(cfg).items() if name not in kept(cfg))
+    if cfg.remat == "elementwise" and cfg.attention != "xla":
+        attention = 0
     return attention + 2 * cfg.n_layers * cfg.d_model * again
 
 

@@ -49,7 +49,7 @@ def room(cfg: ModelConfig, axes: Mapping[str, int]) -> int:
 def kept(cfg: ModelConfig) -> frozenset[str]:
     """The products that the forward pass leaves to the backward pass, which makes the others again."""
     match cfg.remat:
-        case "none" | "dots":
+        case "none" | "elementwise" | "dots":
             return frozenset(products(cfg))
         case "full":
             return frozenset()

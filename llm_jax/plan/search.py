@@ -22,7 +22,7 @@ from llm_jax.run import Run, check, check_mesh
 # Layouts that are compiled beside the run as given.
 TRIES = 3
 # What the backward pass recomputes, from nothing to all of a layer.
-POLICIES = ("none", "dots", ("q", "k", "v", "attention_out"), "full")
+POLICIES = ("none", "elementwise", "dots", ("q", "k", "v", "attention_out"), "full")
 
 
 class Scales(NamedTuple):
