@@ -59,7 +59,8 @@ def chunked(
         if 3 * (behind + block + ahead) <= S:
             o_BKGTC = _near(queries, keys, sinks_1KG1, block, sight, soft_cap)
         else:
-            o_BKGTC = _spans(queries, keys, sinks_1KG1, _block_length(T, T // 4), sight, soft_cap)
+            # More spans than two of 128 save nothing, and are longer to compile.
+            o_BKGTC = _spans(queries, keys, sinks_1KG1, _block_length(T, max(128, T // 4)), sight, soft_cap)
         return jnp.moveaxis(o_BKGTC, 3, 1).reshape(B, T, H, C)
 
     # shard_map adds up the gradients of keys and values over context: every rank's queries looked at all of them.
