@@ -69,6 +69,11 @@ LONGEST = (
 )
 
 
+def pytest_configure() -> None:
+    """Under nohup, children would ignore the SIGHUP that some tests send them."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, all else in its order."""
     items.sort(key=lambda item: [*LONGEST, item.path.stem].index(item.path.stem))
