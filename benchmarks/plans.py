@@ -22,6 +22,7 @@ from llm_jax.plan.fit import Change, cheapest_change  # noqa: E402
 from llm_jax.plan.plan import Plan, make_plan  # noqa: E402
 from llm_jax.plan.search import Search, search  # noqa: E402
 from llm_jax.run import Run  # noqa: E402
+from llm_jax.train.environment import commit  # noqa: E402
 from llm_jax.train.flops import CONVENTION  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ sum if nothing does (the second); a real one lies between, or above, since kerne
 Experts on several devices (`mesh.expert`) have buffers with room for the worst routing, since nothing is dropped.
 Products count the rows that even routing fills, and memory's reads and writes all of them.
 
-Made with {versions}.
+Made at commit {commit} with {versions}.
 
 """
 
@@ -80,7 +81,9 @@ def main() -> None:
     if arguments.write:
         told = ", ".join(f"{package} {version}" for package, version in versions().items())
         left_out = [f"`{name}`" for name in STATED if name not in {plan.run.name for plan, _ in made}]
-        text = TEXT.format(convention=CONVENTION, versions=told)
+        code = commit(ROOT)
+        made_of = "unknown" if code is None else code.commit[:7] + (" with changes" if code.changed else "")
+        text = TEXT.format(convention=CONVENTION, versions=told, commit=made_of)
         text += f"Not compiled for this page: {', '.join(left_out)}.\n\n" if left_out else ""
         (ROOT / "docs" / "plans.md").write_text(text + tables(made) + searched(found), encoding="utf-8")
 
