@@ -12,7 +12,6 @@ from jax import Array
 from llm_jax.config import ConfigError
 from llm_jax.mesh import acts
 from llm_jax.model import grouped_kernel, kernels
-from llm_jax.model import grouped_matmul as grouped_matmul_module
 from llm_jax.model.grouped_matmul import grouped_matmul
 from llm_jax.model.moe import resolve_moe
 from llm_jax.model.paths import placed
@@ -108,7 +107,8 @@ def masks_forgotten(monkeypatch):
 
 def matrix_not_turned(monkeypatch):
     """The gradient of the rows is made with the matrix as it lies."""
-    monkeypatch.setattr(grouped_matmul_module, "by_group", lambda *a, transposed=False: grouped_kernel.by_group(*a))
+    by_group = grouped_kernel.by_group
+    monkeypatch.setattr(grouped_kernel, "by_group", lambda *a, transposed=False: by_group(*a))
 
 
 @pytest.mark.slow
