@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import signal
 import sys
 import time
 import traceback
@@ -120,9 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _together(exit_code: int) -> int:
-    """The exit code; several processes end together, since the first to go would take its peers with it."""
+    """The exit code; several processes end together, since the first to go would take its peers with it.
+
+    A SIGTERM changes it no more: a launcher sends one when it sees the first process gone, and Python gives the signal
+    its default back long before the last library has let go.
+    """
     jax = sys.modules.get("jax")  # what has not been imported is not running
     if jax is not None and jax.distributed.is_initialized():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         jax.distributed.shutdown()
     return exit_code
 

@@ -114,6 +114,33 @@ def test_while_others_are_waited_for(start: Start, tmp_path: Path, number: int, 
     assert "nothing had begun that would have to be saved" in told(running, number, code, timeout=20)
 
 
+# `llm-jax VERB` of one of several processes, whose exit code is decided, and which takes a while to go.
+SLOW_TO_GO = """
+import os, sys, time
+import jax
+from llm_jax import __main__ as program, early_signals
+class Slow:  # when it goes, modules are half gone
+    def __del__(self, mkdir=os.mkdir, marker=sys.argv[1], sleep=time.sleep, seconds=float(sys.argv[3])):
+        mkdir(marker)
+        sleep(seconds)
+slow = Slow()
+def verb(argv):
+    with early_signals.leaving_at_once():
+        jax.distributed.initialize(sys.argv[2], 1, 0)
+    return 75
+program.run_verb = verb
+sys.exit(program.main(["train"]))
+"""
+
+
+def test_what_was_decided_stands_while_the_process_goes(start: Start, tmp_path: Path) -> None:
+    """Its peers are gone, so a launcher sends SIGTERM: a death by it would count as a failure where 75 does not."""
+    marker = tmp_path / "going"
+    running = start("-c", SLOW_TO_GO, str(marker), f"127.0.0.1:{free_port()}", "3")
+    wait_for(marker.exists, running)
+    told(running, signal.SIGTERM, 75, timeout=60)
+
+
 def test_preparing_stops_between_two_stages(tmp_path: Path) -> None:
     """What is finished stays, and is not made again."""
     data = data_texts.config(data_texts.write_files(tmp_path / "texts"), into=tmp_path / "data")
