@@ -4,7 +4,7 @@ Each number of layers in a process of its own, so that none has another's work i
 scan, so the time should hardly grow. One JSON line for each, of a run with an empty compile cache on disk (cold) and of
 the next, which finds all in it (warm): seconds until the first step has ended, from the start of the process, its CPU
 seconds, and where they went: imports; all programs' tracing, lowering, and compiling or loading; compile_s is what all
-three take for the step alone.
+three take for the step alone, and first_step_s that and making it once.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from workloads import WORKLOADS
 FIGURES = (
     "process_start_to_first_step_s",
     "process_start_to_first_step_cpu_s",
+    "first_step_s",
     "compile_s",
     "import_s",
     "trace_s",

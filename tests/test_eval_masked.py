@@ -38,6 +38,7 @@ from llm_jax.run import Run
 from llm_jax.run_directory import Refused
 from llm_jax.train.start import checkpoint_meta
 from llm_jax.train.state import init_state
+from tests.conftest import LaunchProcesses
 from tests.small import QUICKLY, mesh_of
 from tests.test_eval_verbs import MODEL, SHORT, Made, evaluate, save, text_source, write_texts
 
@@ -187,6 +188,25 @@ def test_masks_are_filled_alike_on_any_mesh_and_in_any_batch(made: Made, capsys:
     assert together[2]["filled"] == f"ab{first[0]}\n  {first[1]}{first[2]}"
     assert first == [tokenizer.decode([guesses[0]["id"]]) for guesses in together[2]["masks"]]
     assert together[0]["filled"] == f"ab{together[0]['masks'][0][0]['piece']} cd"
+
+
+@pytest.mark.slow
+def test_two_processes_fill_masks_as_one(made: Made, tmp_path: Path, launch_processes: LaunchProcesses) -> None:
+    """Process 0 alone tells, and of a text that nobody can fill both say the same."""
+    (tmp_path / "texts").write_text("ab [MASK] cd\n[MASK]\nab[MASK] [MASK] [MASK]\n")
+    arguments = ["-m", "llm_jax", "fill-mask", str(made.run_dir), "--texts", str(tmp_path / "texts"), "--json"]
+    ((alone,), both) = (launch_processes(n, 4 // n, [*arguments, "mesh.tensor=2"]) for n in (1, 2))
+    assert [done.returncode for done in (alone, *both)] == [0, 0, 0], alone.stderr + both[0].stderr
+    ours, theirs, none = ([json.loads(x) for x in done.stdout.splitlines() if x[0] == "{"] for done in (alone, *both))
+    assert len(ours) == len(theirs) == 3 and none == []
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["filled"] == other["filled"]
+        pairs = [pair for masks in zip(mine["masks"], other["masks"], strict=True) for pair in zip(*masks, strict=True)]
+        for one, two in pairs:
+            assert one["id"] == two["id"] and one["probability"] == pytest.approx(two["probability"], rel=1e-4)
+    (tmp_path / "texts").write_text("ab\n")
+    for done in launch_processes(2, 2, arguments):
+        assert done.returncode == 2 and "has no [MASK]" in done.stderr
 
 
 def test_a_guess_has_the_probability_that_the_pseudo_log_likelihood_has(
