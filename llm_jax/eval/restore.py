@@ -204,8 +204,9 @@ def for_decoding(weights: Weights, cfg: ModelConfig) -> Iterator[tuple[Weights, 
     if sizes["context"] > 1:
         sizes |= {"context": 1, "fsdp": sizes["fsdp"] * sizes["context"]}
         mesh = make_mesh(sizes, list(mesh.devices.flat))
-        weights = jax.tree.map(
-            lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.typeof(x).sharding.spec)), weights
-        )
+        with jax.set_mesh(mesh):
+            _, *abstract = abstract_model(alone)
+        wanted = placed(tuple(abstract), mesh)
+        weights = jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), weights, wanted)
     with jax.set_mesh(mesh):
         yield weights, alone

@@ -14,7 +14,7 @@ from jax import Array, P
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.mesh import acts
-from llm_jax.mesh import weights as stored
+from llm_jax.mesh import weights as weight_spec
 from llm_jax.model.activation import activate
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.grouped_matmul import group_rows, grouped_matmul
@@ -75,7 +75,7 @@ def apply_experts(
             y_BTD, dropped = _dropless(x_BTD, choices, weights, cfg), jnp.zeros((), jnp.int32)
         return jax.lax.psum(y_BTD, "tensor"), dropped
 
-    in_specs = (acts("BTD"), acts("BTX"), acts("BT"), stored("EDF"), stored("EFD"))
+    in_specs = (acts("BTD"), acts("BTX"), acts("BT"), weight_spec("EDF"), weight_spec("EFD"))
     wall = jax.shard_map(local, in_specs=in_specs, out_specs=(acts("BTD"), P()))
     return wall(x_BTD, choices, real_BT, (weights.gate_EDF, weights.up_EDF), weights.down_EFD)
 

@@ -61,10 +61,9 @@ def stored(weight: Weight, cfg: ModelConfig) -> Array:
 
 
 def whole(part: Array, letters: str) -> Array:
-    """A weight whole over fsdp, of this device's part of it; only inside a shard_map, where letters say what P said.
+    """A weight whole over fsdp, of the part that this device stores; only inside a shard_map.
 
-    Its gradient goes back in two steps: every device of an fsdp axis gets the sum of its own part alone, and only that
-    is then added up over the other axes that divide rows. One sum over all of them at once would send twice as much.
+    Its gradient goes back as in summed_as_stored.
     """
     axes = weight_axes(letters)
     # An axis of one device is none to a type, although a spec may name it.
@@ -78,8 +77,8 @@ def plus(x: Array, bias: Weight | None) -> Array:
     """x + bias along x's last axes, in x's type; x for None. The bias's gradient is added up in float32."""
     if bias is None:
         return x
-    whole = jnp.expand_dims(bias[...], tuple(range(x.ndim - len(bias.letters))))
-    return (x.astype(jnp.float32) + whole).astype(x.dtype)
+    value = jnp.expand_dims(bias[...], tuple(range(x.ndim - len(bias.letters))))
+    return (x.astype(jnp.float32) + value).astype(x.dtype)
 
 
 def project(equation: str, x: Array, weight: Weight, cfg: ModelConfig, out_sharding: P | None = None) -> Array:
@@ -125,7 +124,8 @@ def _product(equation: str, x: Array, weight: Array, out_sharding: P | None) -> 
     if not mesh.empty and mesh.shape["context"] > 1:
         return jnp.einsum(equation, x, weight, out_sharding=out_sharding)
     B, T = x.shape[:2]
-    n_summed = _n_summed(equation)
+    of_x, of_weight, _ = _letters(equation)
+    n_summed = sum(letter in of_x for letter in of_weight)
     summed, made = weight.shape[:n_summed], weight.shape[n_summed:]
     # One merge or split at a time: several at once would have to be told where they leave their axes.
     x_NI = x.reshape(B * T, *summed).reshape(B * T, math.prod(summed))
@@ -136,27 +136,24 @@ def _product(equation: str, x: Array, weight: Array, out_sharding: P | None) -> 
 
 
 def _weight_gradient(equation: str, x: Array, dy: Array, dtype: jnp.dtype) -> Array:
-    """The sum over tokens of x times dy, divided as the weight is stored.
-
-    First each device gets its part of the sum over fsdp, and that is then added up over the other axes that divide
-    rows. Left to XLA it would be one sum over all of them of the whole gradient, which sends twice as much.
-    """
+    """The sum over all tokens of x times dy, as the weight is stored."""
     _, letters, _ = _letters(equation)
 
     def local(x: Array, dy: Array) -> Array:
-        n_summed = _n_summed(equation)
-        shape = (*x.shape[2:], *dy.shape[2:])
         x_NI, dy_NO = (a.reshape(a.shape[0] * a.shape[1], -1) for a in (x, dy))
-        assert len(x.shape) == 2 + n_summed
-        part = jnp.einsum("NI,NO->IO", x_NI, dy_NO, preferred_element_type=dtype).reshape(shape)
-        return summed_as_stored(part, letters)
+        part_IO = jnp.einsum("NI,NO->IO", x_NI, dy_NO, preferred_element_type=dtype)
+        return summed_as_stored(part_IO.reshape(*x.shape[2:], *dy.shape[2:]), letters)
 
     specs = (jax.typeof(x).sharding.spec, jax.typeof(dy).sharding.spec)
     return jax.shard_map(local, in_specs=specs, out_specs=weights(letters))(x, dy)
 
 
 def summed_as_stored(part: Array, letters: str) -> Array:
-    """Each device's part of the sum over all axes that divide rows, as the weight is stored; inside a shard_map."""
+    """The sum over all axes that divide rows, as the weight is stored; only inside a shard_map.
+
+    First each device gets its part of the sum over fsdp, and that alone is added up over the other axes. XLA would make
+    one sum over all of them, of the whole gradient, which sends twice as much.
+    """
     axes = weight_axes(letters)
     several = [axis for axis in ROW_AXES if jax.lax.axis_size(axis) > 1]
     if "fsdp" in axes and "fsdp" in several:
@@ -168,12 +165,6 @@ def summed_as_stored(part: Array, letters: str) -> Array:
 def _letters(equation: str) -> tuple[str, str, str]:
     of_x, of_weight, of_y = equation.replace("->", ",").split(",")
     return of_x, of_weight, of_y
-
-
-def _n_summed(equation: str) -> int:
-    """How many of the weight's letters, its first, are summed over."""
-    of_x, of_weight, _ = _letters(equation)
-    return sum(letter in of_x for letter in of_weight)
 
 
 def matrices(params: Any) -> Any:
