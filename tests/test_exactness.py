@@ -33,7 +33,6 @@ from tests.small import (
     B,
     U,
     deviation,
-    forgets,
     mesh_of,
     plain_rows,
     put,
@@ -207,8 +206,8 @@ def no_sum_over_tensor(monkeypatch):
 
 
 def no_sum_over_tokens_axes(monkeypatch):
-    """The head's gradient is that of the context segment's own tokens."""
-    monkeypatch.setattr(cross_entropy, "summed_as_stored", forgets("context"))
+    """The head's gradient is that of the device's own tokens."""
+    monkeypatch.setattr(cross_entropy, "_TOKEN_AXES", ("data", "fsdp", "expert"))
 
 
 @pytest.mark.parametrize(
