@@ -53,6 +53,14 @@ def ids_of(prompts, sampling, **sizes) -> list[list[int]]:
     return [[i for piece in pieces for i in piece.ids] for pieces in zip(*parts, strict=True)]
 
 
+def test_the_devices_of_a_context_axis_divide_the_weights() -> None:
+    """A token at a time has no positions to divide. Vectors are whole everywhere, and little."""
+    (params, _), _, mesh = decoder_on(GREEDY, (("context", 2),))
+    assert dict(mesh.shape) | {"context": 1, "fsdp": 2} == dict(mesh.shape)
+    leaves = jax.tree.leaves(params)
+    assert sum(x.addressable_shards[0].data.nbytes for x in leaves) < 0.6 * sum(x.nbytes for x in leaves)
+
+
 def three_prompts() -> list[Prompt]:
     rng = np.random.default_rng(1)
     return [Prompt([BOS_ID, *rng.integers(8, 300, n).tolist()], row) for row, n in enumerate((2, 10, 6))]
