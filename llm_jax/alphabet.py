@@ -33,6 +33,9 @@ ACT_AXES: Mapping[str, str | tuple[str, ...]] = {
     "V": "tensor",
 }
 
+# The axes that divide tokens: what they share is a sum over all of them.
+ROW_AXES = ("data", "fsdp", "expert", "context")
+
 # Rows of the embedding are padded to a multiple of this, whatever the mesh, so that checkpoints fit every mesh.
 VOCAB_MULTIPLE = 128
 

@@ -1,10 +1,12 @@
 """A model, rows and meshes as small as the proofs allow, and how far apart two results are."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
@@ -15,6 +17,7 @@ from llm_jax.mesh import acts, make_mesh
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.paths import placed
 from llm_jax.model.transformer import Transformer, abstract_model, split
+from llm_jax.model.weights import summed_as_stored
 
 # Everything that has a number of its own is on; heads and widths are divisible by a tensor axis of 4.
 CFG = ModelConfig(
@@ -118,3 +121,15 @@ def deviation(gradient: Tree, reference: Tree) -> float:
     scales = [float(np.max(np.abs(g0))) for _, g0 in pairs]
     differences = [float(np.max(np.abs(np.asarray(g) - np.asarray(g0)))) for g, g0 in pairs]
     return max(d / max(own, 1e-3 * max(scales)) for d, own in zip(differences, scales, strict=True))
+
+
+def forgets(axis: str) -> Callable[[Array, str], Array]:
+    """summed_as_stored, but not over this axis."""
+
+    def summed(part: Array, letters: str) -> Array:
+        psum = jax.lax.psum
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax.lax, "psum", lambda x, axes: psum(x, tuple(a for a in axes if a != axis)))
+            return summed_as_stored(part, letters)
+
+    return summed

@@ -13,11 +13,11 @@ from jax import Array, P
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, NamedSharding
 
-from llm_jax.mesh import acts
+from llm_jax.mesh import acts, gathered
 from llm_jax.model import layers
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.paths import placed
-from llm_jax.model.weights import Weight, use
+from llm_jax.model.weights import Weight, stored
 from llm_jax.objective.config import CausalConfig
 from llm_jax.optim.config import AdamWConfig
 from llm_jax.train.state import TrainState, abstract_state, init_state
@@ -69,23 +69,24 @@ def collectives(program: str) -> dict[str, int]:
 
 # All-gathers: the layers' seven matrices over fsdp, forward and backward, and two tables; over context segments, and
 # keys and values forward and backward.
+# Reduce-scatters: the gradients of what is gathered over fsdp.
 # All-reduces, most of them combined ones: at most so many, since newer versions of XLA combine more.
 MESHES = {
-    "data 8": ({"data": 8}, 0, 4),
-    "fsdp 8": ({"fsdp": 8}, 16, 5),
-    "tensor 4 x fsdp 2": ({"tensor": 4, "fsdp": 2}, 16, 17),
-    "context 2 x fsdp 2 x tensor 2": ({"context": 2, "fsdp": 2, "tensor": 2}, 21, 23),
-    "data 2 x expert 2 x tensor 2": ({"data": 2, "expert": 2, "tensor": 2}, 0, 15),
+    "data 8": ({"data": 8}, 0, 0, 4),
+    "fsdp 8": ({"fsdp": 8}, 16, 9, 5),
+    "tensor 4 x fsdp 2": ({"tensor": 4, "fsdp": 2}, 16, 9, 17),
+    "context 2 x fsdp 2 x tensor 2": ({"context": 2, "fsdp": 2, "tensor": 2}, 21, 9, 23),
+    "data 2 x expert 2 x tensor 2": ({"data": 2, "expert": 2, "tensor": 2}, 0, 0, 15),
 }
 
 
 def unexpected(name: str, compiled: Callable[[jax.stages.Lowered], str] = text_of) -> list[str]:
     """What a mesh's program communicates beyond what is written down."""
-    mesh, gathers, reduces = MESHES[name]
-    counts = collectives(compiled_step(mesh, compiled))
-    told = [f"{n} {kind}" for kind, n in counts.items() if kind not in ("all-gather", "all-reduce")]
-    told += [f"{counts.get('all-gather', 0)} all-gathers"] if counts.get("all-gather", 0) != gathers else []
-    return told + ([f"{counts['all-reduce']} all-reduces"] if counts.get("all-reduce", 0) > reduces else [])
+    mesh, gathers, scatters, reduces = MESHES[name]
+    expected = {"all-gather": gathers, "reduce-scatter": scatters}
+    counts = {"all-reduce": 0} | dict.fromkeys(expected, 0) | collectives(compiled_step(mesh, compiled))
+    told = [f"{n} {kind}" for kind, n in counts.items() if kind != "all-reduce" and n != expected.get(kind, 0)]
+    return told + ([f"{counts['all-reduce']} all-reduce"] if counts["all-reduce"] > reduces else [])
 
 
 @pytest.mark.parametrize("name", ["data 8", "fsdp 8", "data 2 x expert 2 x tensor 2"])
@@ -104,7 +105,7 @@ def test_planted_merge_of_two_sharded_axes_is_seen(monkeypatch):
         flat = jnp.einsum(
             equation.replace("BT", "N"),
             x.reshape(-1, *x.shape[2:]),
-            weight,
+            jax.reshard(weight, gathered(equation.split("->")[0].split(",")[1])),
             out_sharding=None if out_sharding is None else P(("fsdp", "context"), *out_sharding[2:]),
         )
         right = P(*jax.typeof(x).sharding.spec[:2], *jax.typeof(flat).sharding.spec[1:])
@@ -116,10 +117,10 @@ def test_planted_merge_of_two_sharded_axes_is_seen(monkeypatch):
 
 def test_planted_gather_of_weights_over_tensor_is_seen(monkeypatch):
     def whole_and_back(weight: Weight, cfg: ModelConfig) -> Array:
-        value = use(weight, cfg)
+        value = stored(weight, cfg)
         return jax.reshard(jax.reshard(value, P(*[None] * value.ndim)), jax.typeof(value).sharding)
 
-    monkeypatch.setattr(layers, "use", whole_and_back)
+    monkeypatch.setattr(layers, "stored", whole_and_back)
     assert unexpected("tensor 4 x fsdp 2") != []
 
 
@@ -160,8 +161,8 @@ def test_planted_change_of_the_states_sharding_is_compiled_twice():
     def drifting(step: Step) -> Step:
         def drift(state: TrainState, rows_ABU: Array) -> tuple[TrainState, dict[str, Array]]:
             state, metrics = step(state, rows_ABU)
-            whole = jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), state.params)
-            return dataclasses.replace(state, params=whole), metrics
+            whole = jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), state.opt_state)
+            return dataclasses.replace(state, opt_state=whole), metrics
 
         return drift
 

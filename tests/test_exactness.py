@@ -33,6 +33,7 @@ from tests.small import (
     B,
     U,
     deviation,
+    forgets,
     mesh_of,
     plain_rows,
     put,
@@ -206,8 +207,8 @@ def no_sum_over_tensor(monkeypatch):
 
 
 def no_sum_over_tokens_axes(monkeypatch):
-    """The head's gradient is that of the device's own tokens."""
-    monkeypatch.setattr(cross_entropy, "_TOKEN_AXES", ("data", "fsdp", "expert"))
+    """The head's gradient is that of the context segment's own tokens."""
+    monkeypatch.setattr(cross_entropy, "summed_as_stored", forgets("context"))
 
 
 @pytest.mark.parametrize(

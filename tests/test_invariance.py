@@ -32,6 +32,7 @@ from tests.invariance import (
     one_device,
     outcome,
 )
+from tests.small import forgets
 
 # The one in which most can go wrong; the others are slow together.
 QUICK = Setting("experts", "mlm", "expert 4 x fsdp 2", 4, "full")
@@ -121,7 +122,7 @@ def mask_keyed_by_microbatch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def no_sum_over_expert(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows on different expert ranks are never added up."""
-    monkeypatch.setattr(cross_entropy, "_TOKEN_AXES", ("data", "fsdp", "context"))
+    monkeypatch.setattr(cross_entropy, "summed_as_stored", forgets("expert"))
 
 
 @pytest.mark.parametrize(

@@ -496,9 +496,13 @@ def test_an_exception_ends_all_within_15_seconds(start: Start, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_collectives_of_two_axes_do_not_wait_for_each_other(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [("tiny_causal",), ("tiny_mlm", "model.head_transform=true")], ids="+".join)
+def test_collectives_of_two_axes_do_not_wait_for_each_other(
+    config: tuple[str, ...], start: Start, tmp_path: Path
+) -> None:
     """fsdp within a process and data across: devices that begin their collectives in different orders hang, often."""
-    words = (str(ROOT / "configs" / "tiny_causal.py"), DATA, f"run_dir={tmp_path / 'run'}", "mesh.fsdp=4")
+    name, *changes = config
+    words = (str(ROOT / "configs" / f"{name}.py"), DATA, f"run_dir={tmp_path / 'run'}", "mesh.fsdp=4", *changes)
     words = (*words, "train.steps=150", "eval.every=0", "watchdog.floor_s=30", "watchdog.grace_s=5")
     file = tmp_path / "one_attempt.yaml"
     file.write_text("processes: 2\ndevices: 4\nrestarts: 0\n")

@@ -191,11 +191,19 @@ def test_project_is_einsum(mesh):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(B, 32, 8, 4)).astype(np.float32)
     w = rng.normal(size=(8, 4, 16)).astype(np.float32)
+    dy = rng.normal(size=(B, 32, 16)).astype(np.float32)
     with jax.set_mesh(devices):
-        w_HCD = jax.device_put(w, jax.NamedSharding(devices, jax.P("tensor", None, None)))
-        function = jax.jit(lambda x, w: weights.project("BTHC,HCD->BTD", x, w, out_sharding=transformer.acts("BTD")))
-        y = function(put(x, "BTHC", devices), w_HCD)
+        w_HCD = jax.device_put(w, jax.NamedSharding(devices, jax.P("tensor", None, "fsdp")))
+
+        def function(x, w):
+            return weights.project("BTHC,HCD->BTD", x, w, out_sharding=transformer.acts("BTD"))
+
+        y, pull = jax.vjp(jax.jit(function), put(x, "BTHC", devices), w_HCD)
+        dx, dw = pull(put(dy, "BTD", devices))
+        assert dw.sharding.is_equivalent_to(w_HCD.sharding, 3)
     np.testing.assert_allclose(y, np.einsum("bthc,hcd->btd", x, w), atol=1e-5)
+    np.testing.assert_allclose(dx, np.einsum("btd,hcd->bthc", dy, w), atol=1e-5)
+    np.testing.assert_allclose(dw, np.einsum("bthc,btd->hcd", x, dy), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("unroll", [2])

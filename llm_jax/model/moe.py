@@ -12,7 +12,7 @@ from llm_jax.mesh import acts
 from llm_jax.model.config import ModelConfig, MoeConfig
 from llm_jax.model.experts import Choices, ExpertWeights, apply_experts
 from llm_jax.model.mlp import Mlp
-from llm_jax.model.weights import Balance, Weight, matrix, residual_scale, use
+from llm_jax.model.weights import Balance, Weight, matrix, residual_scale, stored
 
 # Added to a sum of scores before something is divided by it, as in DeepSeek-V3: scores can all be 0.
 TINY = 1e-20
@@ -94,7 +94,9 @@ class Moe(nnx.Module):
         logits_BTE = router_logits(x_BTD, self.router)
         scores_BTE = jax.nn.softmax(logits_BTE) if cfg.moe.scores == "softmax" else jax.nn.sigmoid(logits_BTE)
         choices = choose(scores_BTE, None if self.bias is None else self.bias[...], cfg.moe)
-        weights = ExpertWeights(use(self.gate, cfg) if cfg.gated else None, use(self.up, cfg), use(self.down, cfg))
+        weights = ExpertWeights(
+            stored(self.gate, cfg) if cfg.gated else None, stored(self.up, cfg), stored(self.down, cfg)
+        )
         y_BTD, dropped = apply_experts(x_BTD, choices, real_BT, weights, cfg)
         if cfg.moe.shared_d_ff > 0:
             y_BTD += self.shared(x_BTD, cfg)

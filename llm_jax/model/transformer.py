@@ -9,14 +9,14 @@ from flax import nnx
 from jax import Array
 
 from llm_jax.data.config import PAD_ID
-from llm_jax.mesh import acts, gathered
+from llm_jax.mesh import acts, gathered, weights
 from llm_jax.model.config import LayerConfig, ModelConfig, Place
 from llm_jax.model.layers import Block, Rows, rematerialised
 from llm_jax.model.moe import Routing
 from llm_jax.model.norms import Norm
 from llm_jax.model.rope import Angles, angles
 from llm_jax.model.sight import Places
-from llm_jax.model.weights import Balance, Weight, matrix, plus, project, use, zeros
+from llm_jax.model.weights import Balance, Weight, in_turn, matrix, plus, project, stored, whole, zeros
 
 
 class HeadTransform(nnx.Module):
@@ -30,7 +30,8 @@ class HeadTransform(nnx.Module):
 
     def __call__(self, x_BND: Array, cfg: ModelConfig) -> Array:
         """Hidden states in and out, [B, N, D] or [B, T, D]."""
-        x_BNO = plus(project("BTD,DO->BTO", x_BND, use(self.dense, cfg)), self.dense_bias)
+        x_BND, dense_DO = in_turn(x_BND, stored(self.dense, cfg))
+        x_BNO = plus(project("BTD,DO->BTO", x_BND, dense_DO), self.dense_bias)
         return self.norm(jax.nn.gelu(x_BNO, approximate=False), cfg)
 
 
@@ -38,7 +39,7 @@ class Head(NamedTuple):
     """What makes logits of hidden states; padded rows of the vocabulary included."""
 
     unembed_VD: Array
-    """In the compute type, V sharded over tensor, D whole."""
+    """In the compute type, as it is stored."""
     bias_V: Array | None = None
     """Float32, sharded over tensor."""
     transform: HeadTransform | None = None
@@ -145,7 +146,7 @@ class Transformer(nnx.Module):
         """The output head."""
         unembed = self.embed if cfg.tied_embeddings else self.unembed
         bias_V = None if self.output_bias is None else self.output_bias[...]
-        return Head(use(unembed, cfg).astype(cfg.compute_dtype), bias_V, self.head_transform)
+        return Head(unembed[...].astype(cfg.compute_dtype), bias_V, self.head_transform)
 
 
 def _stacked(cfg: ModelConfig, place: Place, keys_L: Array) -> Block:
@@ -201,14 +202,14 @@ def look_up(table: Weight, tokens_BT: Array) -> Array:
     """Rows of a table that is sharded over its vocabulary; float32, since many gradients add up in one row."""
 
     def local(table_VD: Array, tokens_BT: Array) -> Array:
+        table_VD = whole(table_VD, "VD")
         V = table_VD.shape[0]
         row_BT = tokens_BT - jax.lax.axis_index("tensor") * V
         mine_BT = (row_BT >= 0) & (row_BT < V)
         x_BTD = table_VD.at[row_BT].get(mode="clip") * mine_BT[..., None]
         return jax.lax.psum(x_BTD, "tensor")
 
-    table_VD = jax.reshard(table[...], gathered(table.letters))
-    return jax.shard_map(local, in_specs=(gathered("VD"), acts("BT")), out_specs=acts("BTD"))(table_VD, tokens_BT)
+    return jax.shard_map(local, in_specs=(weights("VD"), acts("BT")), out_specs=acts("BTD"))(table[...], tokens_BT)
 
 
 def logits(model: Transformer, x_BTD: Array, cfg: ModelConfig) -> Array:
@@ -216,7 +217,8 @@ def logits(model: Transformer, x_BTD: Array, cfg: ModelConfig) -> Array:
     head = model.head(cfg)
     if head.transform is not None:
         x_BTD = head.transform(x_BTD, cfg)
-    logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, head.unembed_VD, preferred_element_type=jnp.float32)
+    unembed_VD = jax.reshard(head.unembed_VD, gathered("VD"))
+    logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, unembed_VD, preferred_element_type=jnp.float32)
     if head.bias_V is not None:
         logits_BTV += head.bias_V[None, None]
     logits_BTV = soft_cap(logits_BTV, cfg.logit_soft_cap)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, P
 
+from llm_jax.alphabet import ROW_AXES, weight_axes
 from llm_jax.mesh import gathered, weights
 from llm_jax.model.config import ModelConfig
 
@@ -54,42 +55,111 @@ def residual_scale(cfg: ModelConfig) -> float:
     return 1 / math.sqrt(2 * cfg.n_layers)
 
 
-def use(weight: Weight, cfg: ModelConfig) -> Array:
-    """The weight whole over fsdp, in the type in which it is gathered; its gradient goes back the same way.
+def stored(weight: Weight, cfg: ModelConfig) -> Array:
+    """The weight as it lies on the devices, in the type in which it is gathered."""
+    return weight[...].astype(cfg.compute_dtype) if cfg.gather_dtype == "compute" else weight[...]
 
-    Called inside the scanned, checkpointed layer, so that one layer's weights are whole at a time.
+
+def whole(part: Array, letters: str) -> Array:
+    """A weight whole over fsdp, of the part that this device stores; only inside a shard_map.
+
+    Its gradient goes back as in summed_as_stored.
     """
-    value = weight[...]
-    if cfg.gather_dtype == "compute":
-        value = value.astype(cfg.compute_dtype)
-    return jax.reshard(value, gathered(weight.letters))
+    axes = weight_axes(letters)
+    # An axis of one device is none to a type, although a spec may name it.
+    divided = "fsdp" in axes and jax.lax.axis_size("fsdp") > 1
+    same = tuple(axis for axis in ROW_AXES if axis not in axes or (axis == "fsdp" and not divided))
+    part = jax.lax.pcast(part, same, to="varying")
+    return jax.lax.all_gather(part, "fsdp", axis=axes.index("fsdp"), tiled=True) if divided else part
+
+
+def after(value: Array, *done: Array) -> Array:
+    """value, from which nothing is made on CPUs before all of `done` is there; only inside a shard_map.
+
+    For what is sent before or after a loop that sends. XLA's CPU lets a collective begin when the one before it has
+    begun, and a loop of collectives has begun long before it ends: devices would begin theirs in different orders, and
+    abort or wait for each other for ever. It waits for data alone: for a zero, here, that it does not know to be one.
+    """
+    if all(jax.lax.axis_size(axis) == 1 for axis in ROW_AXES):
+        return value
+
+    def waiting(value: Array, *done: Array) -> Array:
+        first = sum(a[(0,) * a.ndim].astype(jnp.float32) for a in done)
+        zero = jax.lax.optimization_barrier(jnp.minimum(jnp.abs(first), 0))
+        return value + zero.astype(value.dtype)
+
+    return jax.lax.platform_dependent(value, *done, cpu=waiting, default=lambda value, *_: value)
+
+
+@jax.custom_vjp
+def in_turn(x: Array, weight: Array) -> tuple[Array, Array]:
+    """x, and a stored weight that x meets behind the loop over layers, each in its turn as in `after`.
+
+    The weight is not sent before x is there, nor x's gradient used before the weight's has been sent.
+    """
+    return x, _behind(weight, x)
+
+
+def _behind(value: Array, done: Array) -> Array:
+    specs = tuple(jax.typeof(a).sharding.spec for a in (value, done))
+    return jax.shard_map(after, in_specs=specs, out_specs=specs[0], check_vma=False)(value, done)
+
+
+in_turn.defvjp(lambda x, weight: (in_turn(x, weight), None), lambda _, gradients: (_behind(*gradients), gradients[1]))
 
 
 def plus(x: Array, bias: Weight | None) -> Array:
     """x + bias along x's last axes, in x's type; x for None. The bias's gradient is added up in float32."""
     if bias is None:
         return x
-    whole = jnp.expand_dims(bias[...], tuple(range(x.ndim - len(bias.letters))))
-    return (x.astype(jnp.float32) + whole).astype(x.dtype)
+    value = jnp.expand_dims(bias[...], tuple(range(x.ndim - len(bias.letters))))
+    return (x.astype(jnp.float32) + value).astype(x.dtype)
 
 
 def project(equation: str, x: Array, weight: Array, out_sharding: P | None = None) -> Array:
     """einsum(equation, x, weight) in x's type, B and T first in x and in the result; out_sharding as in einsum.
 
-    The gradient of a weight wider than x is added up, over devices too, in float32.
-
-    While no context axis divides T, tokens are merged into one axis, and so are heads and their channels: XLA's CPU
-    matmuls are a third faster with it, and make the gradients of weights without transposing what came in; elsewhere it
-    is free. Merging two sharded axes would be a hidden all-to-all.
+    The weight comes as it is stored and is made whole over fsdp here, inside the scanned, checkpointed layer: one
+    layer's weights are whole at a time. Its gradient is added up, over devices too, in the type in which it came.
     """
-    if weight.dtype != x.dtype:
-        # Not merged: XLA's CPU cannot run the product "ND,NHC->DHC" of bfloat16 into float32.
-        return _einsum_of_wider_weight(equation, x, weight, out_sharding)
+    return _project(equation, x, weight, out_sharding)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def _project(equation: str, x: Array, weight: Array, out_sharding: P | None) -> Array:
+    return _project_forward(equation, x, weight, out_sharding)[0]
+
+
+def _project_forward(
+    equation: str, x: Array, weight: Array, out_sharding: P | None
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    used = jax.reshard(weight, gathered(_letters(equation)[1])).astype(x.dtype)
+    # Nothing of the last is kept but its type.
+    return _product(equation, x, used, out_sharding), (x, used, jnp.zeros((), weight.dtype))
+
+
+def _project_backward(
+    equation: str, out_sharding: P | None, saved: tuple[Array, Array, Array], dy: Array
+) -> tuple[Array, Array]:
+    x, used, typed = saved
+    transposed = jax.linear_transpose(lambda x: _product(equation, x, used, out_sharding), x)
+    return *transposed(dy), _weight_gradient(equation, x, dy, typed.dtype)
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
+def _product(equation: str, x: Array, weight: Array, out_sharding: P | None) -> Array:
+    """While no context axis divides T, tokens are merged into one axis, and so are heads and their channels.
+
+    XLA's CPU matmuls are a third faster with it; elsewhere it is free. Merging two sharded axes would be a hidden
+    all-to-all.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.shape["context"] > 1:
         return jnp.einsum(equation, x, weight, out_sharding=out_sharding)
     B, T = x.shape[:2]
-    of_x, of_weight = equation.split("->")[0].split(",")
+    of_x, of_weight, _ = _letters(equation)
     n_summed = sum(letter in of_x for letter in of_weight)
     summed, made = weight.shape[:n_summed], weight.shape[n_summed:]
     # One merge or split at a time: several at once would have to be told where they leave their axes.
@@ -100,29 +170,36 @@ def project(equation: str, x: Array, weight: Array, out_sharding: P | None = Non
     return y_NO.reshape(B, T, math.prod(made)).reshape(B, T, *made)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _einsum_of_wider_weight(equation: str, x: Array, weight: Array, out_sharding: P | None) -> Array:
-    """A plain cast of the weight would have its gradient added up over devices in x's type, before the cast back."""
-    return _wider_forward(equation, x, weight, out_sharding)[0]
+def _weight_gradient(equation: str, x: Array, dy: Array, dtype: jnp.dtype) -> Array:
+    """The sum over all tokens of x times dy, as the weight is stored."""
+    _, letters, _ = _letters(equation)
+
+    def local(x: Array, dy: Array) -> Array:
+        x_NI, dy_NO = (a.reshape(a.shape[0] * a.shape[1], -1) for a in (x, dy))
+        part_IO = jnp.einsum("NI,NO->IO", x_NI, dy_NO, preferred_element_type=dtype)
+        return summed_as_stored(part_IO.reshape(*x.shape[2:], *dy.shape[2:]), letters)
+
+    specs = (jax.typeof(x).sharding.spec, jax.typeof(dy).sharding.spec)
+    return jax.shard_map(local, in_specs=specs, out_specs=weights(letters))(x, dy)
 
 
-def _wider_forward(equation: str, x: Array, weight: Array, out_sharding: P | None) -> tuple[Array, tuple[Array, Array]]:
-    narrow = weight.astype(x.dtype)
-    return jnp.einsum(equation, x, narrow, out_sharding=out_sharding), (x, narrow)
+def summed_as_stored(part: Array, letters: str) -> Array:
+    """The sum over all axes that divide rows, as the weight is stored; only inside a shard_map.
+
+    First each device gets its part of the sum over fsdp, and that alone is added up over the other axes. XLA would make
+    one sum over all of them, of the whole gradient, which sends twice as much.
+    """
+    axes = weight_axes(letters)
+    several = [axis for axis in ROW_AXES if jax.lax.axis_size(axis) > 1]
+    if "fsdp" in axes and "fsdp" in several:
+        part = jax.lax.psum_scatter(part, "fsdp", scatter_dimension=axes.index("fsdp"), tiled=True)
+    others = tuple(axis for axis in several if axis not in axes)
+    return jax.lax.psum(part, others) if others else part
 
 
-def _wider_backward(
-    equation: str, out_sharding: P | None, saved: tuple[Array, Array], dy: Array
-) -> tuple[Array, Array]:
-    x, narrow = saved
+def _letters(equation: str) -> tuple[str, str, str]:
     of_x, of_weight, of_y = equation.replace("->", ",").split(",")
-    in_x, in_weight = f"{of_y},{of_weight}->{of_x}", f"{of_x},{of_y}->{of_weight}"
-    dx = jnp.einsum(in_x, dy, narrow, out_sharding=jax.typeof(x).sharding.spec)
-    place = jax.typeof(narrow).sharding.spec
-    return dx, jnp.einsum(in_weight, x, dy, preferred_element_type=jnp.float32, out_sharding=place)
-
-
-_einsum_of_wider_weight.defvjp(_wider_forward, _wider_backward)
+    return of_x, of_weight, of_y
 
 
 def matrices(params: Any) -> Any:

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, P
 
-from llm_jax.alphabet import ACT_AXES
-from llm_jax.mesh import acts
+from llm_jax.alphabet import ROW_AXES
+from llm_jax.mesh import acts, weights
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Head, soft_cap
-
-_TOKEN_AXES = (*ACT_AXES["B"], "context")
+from llm_jax.model.weights import after, summed_as_stored, whole
 
 
 class Sums(NamedTuple):
@@ -69,6 +68,7 @@ def _fused_forward(
     def local(
         x_BTD: Array, head_VD: Array, bias_V: Array | None, targets_BT: Array, weights_BT: Array
     ) -> tuple[Array, _Gradients | None]:
+        head_VD = whole(after(head_VD, x_BTD), "VD")
         n = targets_BT.size
         chunks = _chunk_count(n, head_VD.shape[0], cfg)
         x_QND = x_BTD.reshape(chunks, n // chunks, x_BTD.shape[-1])
@@ -92,13 +92,15 @@ def _fused_forward(
 
         nothing = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), _DHead(head_VD.T, bias_V))
         dhead, (sums, dx_QND) = jax.lax.scan(one_chunk, nothing, (x_QND, targets_QN, weights_QN))
-        sums = jax.lax.psum(jnp.sum(sums, axis=0), _TOKEN_AXES)
+        sums = jax.lax.psum(jnp.sum(sums, axis=0), ROW_AXES)
         if not with_gradient:
             return sums, None
-        dhead = jax.lax.psum(dhead, _TOKEN_AXES)
-        return sums, (dx_QND.reshape(x_BTD.shape), dhead.head_VD.T.astype(head_VD.dtype), dhead.bias_V)
+        dhead_VD = summed_as_stored(dhead.head_VD.T, "VD").astype(head_VD.dtype)
+        dbias_V = None if dhead.bias_V is None else jax.lax.psum(dhead.bias_V, ROW_AXES)
+        dx_BTD = after(dx_QND.reshape(x_BTD.shape), dhead_VD, *(() if dbias_V is None else (dbias_V,)))
+        return sums, (dx_BTD, dhead_VD, dbias_V)
 
-    of_head = (P("tensor", None), P("tensor") if bias_V is not None else None)
+    of_head = (weights("VD"), P("tensor") if bias_V is not None else None)
     specs = (acts("BTD"), *of_head, acts("BT"), acts("BT"))
     out_specs = (P(), (acts("BTD"), *of_head) if with_gradient else None)
     wall = jax.shard_map(local, in_specs=specs, out_specs=out_specs, check_vma=False)
@@ -131,6 +133,7 @@ def token_scores(x_BTD: Array, head: Head, targets_BT: Array, cfg: ModelConfig) 
         x_BTD = head.transform(x_BTD, cfg)
 
     def local(x_BTD: Array, head_VD: Array, bias_V: Array | None, targets_BT: Array) -> tuple[Array, Array]:
+        head_VD = whole(after(head_VD, x_BTD), "VD")
         n = targets_BT.size
         chunks = _chunk_count(n, head_VD.shape[0], cfg)
 
@@ -144,7 +147,7 @@ def token_scores(x_BTD: Array, head: Head, targets_BT: Array, cfg: ModelConfig) 
         nll_QN, correct_QN = jax.lax.map(one_chunk, chunked)
         return nll_QN.reshape(targets_BT.shape), correct_QN.reshape(targets_BT.shape)
 
-    specs = (acts("BTD"), P("tensor", None), P("tensor") if head.bias_V is not None else None, acts("BT"))
+    specs = (acts("BTD"), weights("VD"), P("tensor") if head.bias_V is not None else None, acts("BT"))
     wall = jax.shard_map(local, in_specs=specs, out_specs=(acts("BT"), acts("BT")), check_vma=False)
     return wall(x_BTD, head.unembed_VD, head.bias_V, targets_BT)
 

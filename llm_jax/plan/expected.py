@@ -81,7 +81,7 @@ def _in_use(leaf: Leaf, axes: Mapping[str, int]) -> float:
 
 
 def _of_weights(run: Run, axes: Mapping[str, int], weights: Sequence[Leaf], slow: frozenset[str]) -> list[Collective]:
-    """Weights gathered over fsdp for both passes, and gradients added up over all axes that divide rows."""
+    """Weights gathered over fsdp for both passes, and gradients added up over it, then over what else divides rows."""
     gathered = reduced = 0.0
     sums: dict[tuple[str, ...], float] = {}
     for leaf in weights:
@@ -89,11 +89,8 @@ def _of_weights(run: Run, axes: Mapping[str, int], weights: Sequence[Leaf], slow
         over = tuple(axis for axis in (*ACT_AXES["B"], "context") if axes[axis] > 1 and axis not in leaf.axes)
         if axes["fsdp"] > 1 and "fsdp" in leaf.axes:
             gathered += 2 * bytes_used * (2 if leaf.shape[-1] == run.model.d_model < LANES * axes["fsdp"] else 1)
-            if over:
-                # XLA adds up over all of these axes at once, and then takes the part.
-                over = ("fsdp", *over)
-            else:
-                reduced += bytes_used
+            reduced += bytes_used
+            bytes_used /= axes["fsdp"]
         sums[over] = sums.get(over, 0) + bytes_used
     found = [
         _one("all-gather", ("fsdp",), gathered, axes, slow),
