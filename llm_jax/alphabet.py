@@ -34,7 +34,7 @@ ACT_AXES: Mapping[str, str | tuple[str, ...]] = {
 }
 
 # The axes that divide tokens: what they share is a sum over all of them.
-ROW_AXES = ("data", "fsdp", "expert", "context")
+ROW_AXES = (*ACT_AXES["B"], "context")
 
 # Rows of the embedding are padded to a multiple of this, whatever the mesh, so that checkpoints fit every mesh.
 VOCAB_MULTIPLE = 128

@@ -17,7 +17,7 @@ from llm_jax.mesh import acts, gathered
 from llm_jax.model import layers
 from llm_jax.model.config import ModelConfig
 from llm_jax.model.paths import placed
-from llm_jax.model.weights import Weight, stored
+from llm_jax.model.weights import Weight, after, stored
 from llm_jax.objective.config import CausalConfig
 from llm_jax.optim.config import AdamWConfig
 from llm_jax.train.state import TrainState, abstract_state, init_state
@@ -122,6 +122,22 @@ def test_planted_gather_of_weights_over_tensor_is_seen(monkeypatch):
 
     monkeypatch.setattr(layers, "stored", whole_and_back)
     assert unexpected("tensor 4 x fsdp 2") != []
+
+
+def test_what_comes_after_is_the_same_and_waits_on_cpus_alone():
+    """XLA must not see that what it waits for is a zero; NaN, and infinity, in what it waits for is no matter."""
+    value_D, done_D = np.arange(8, dtype=np.float32) - 3, np.array([np.nan, np.inf] * 4, np.float32)
+    with jax.set_mesh(mesh_of(fsdp=8)):
+        spec = P("fsdp")
+        waiting = jax.jit(jax.shard_map(after, in_specs=(spec, spec), out_specs=spec, check_vma=False))
+        both = tuple(jax.device_put(a, spec) for a in (value_D, done_D))
+        np.testing.assert_array_equal(waiting(*both), value_D)
+        _, entry = waiting.lower(*both).compile().as_text().split("ENTRY")
+        name = re.search(r"(%\S+) = \S+ parameter\(1\)", entry)[1]
+        assert re.search(rf"\({re.escape(name)}\b|, {re.escape(name)}\b", entry)
+        for platform, waits in (("cpu", True), ("tpu", False), ("cuda", False)):
+            lowered = waiting.trace(*both).lower(lowering_platforms=(platform,)).as_text()
+            assert ("stablehlo.add" in lowered) == waits
 
 
 def test_xla_tells_of_a_replicated_tensor_where_it_is_looked_for(capfd):

@@ -93,7 +93,7 @@ class Attention(nnx.Module):
 
     def added(self, o_BTHC: Array, cfg: ModelConfig) -> Array:
         """What all heads' outputs add to the residual stream."""
-        o_BTD = project("BTHC,HCD->BTD", o_BTHC, stored(self.o, cfg), out_sharding=acts("BTD"))
+        o_BTD: Array = project("BTHC,HCD->BTD", o_BTHC, stored(self.o, cfg), out_sharding=acts("BTD"))
         return checkpoint_name(plus(o_BTD, self.o_bias), "attention_out")
 
 

@@ -35,5 +35,5 @@ class Mlp(nnx.Module):
             gate_BTF = plus(project("BTD,DF->BTF", x_BTD, stored(self.gate, cfg)), self.gate_bias)
             gate_BTF = checkpoint_name(gate_BTF, "mlp_gate")
         hidden_BTF = activate(cfg, gate_BTF, up_BTF)
-        y_BTD = project("BTF,FD->BTD", hidden_BTF, stored(self.down, cfg), out_sharding=acts("BTD"))
+        y_BTD: Array = project("BTF,FD->BTD", hidden_BTF, stored(self.down, cfg), out_sharding=acts("BTD"))
         return plus(y_BTD, self.down_bias)

@@ -85,7 +85,7 @@ def after(value: Array, *done: Array) -> Array:
 
     def waiting(value: Array, *done: Array) -> Array:
         first = sum(a[(0,) * a.ndim].astype(jnp.float32) for a in done)
-        zero = jax.lax.optimization_barrier(jnp.minimum(jnp.abs(first), 0))
+        zero = jax.lax.optimization_barrier(jnp.fmin(jnp.abs(first), 0))
         return value + zero.astype(value.dtype)
 
     return jax.lax.platform_dependent(value, *done, cpu=waiting, default=lambda value, *_: value)
@@ -101,6 +101,7 @@ def in_turn(x: Array, weight: Array) -> tuple[Array, Array]:
 
 
 def _behind(value: Array, done: Array) -> Array:
+    """`after`, outside of a shard_map."""
     specs = tuple(jax.typeof(a).sharding.spec for a in (value, done))
     return jax.shard_map(after, in_specs=specs, out_specs=specs[0], check_vma=False)(value, done)
 
@@ -116,17 +117,13 @@ def plus(x: Array, bias: Weight | None) -> Array:
     return (x.astype(jnp.float32) + value).astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def project(equation: str, x: Array, weight: Array, out_sharding: P | None = None) -> Array:
     """einsum(equation, x, weight) in x's type, B and T first in x and in the result; out_sharding as in einsum.
 
     The weight comes as it is stored and is made whole over fsdp here, inside the scanned, checkpointed layer: one
     layer's weights are whole at a time. Its gradient is added up, over devices too, in the type in which it came.
     """
-    return _project(equation, x, weight, out_sharding)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _project(equation: str, x: Array, weight: Array, out_sharding: P | None) -> Array:
     return _project_forward(equation, x, weight, out_sharding)[0]
 
 
@@ -146,7 +143,7 @@ def _project_backward(
     return *transposed(dy), _weight_gradient(equation, x, dy, typed.dtype)
 
 
-_project.defvjp(_project_forward, _project_backward)
+project.defvjp(_project_forward, _project_backward)
 
 
 def _product(equation: str, x: Array, weight: Array, out_sharding: P | None) -> Array:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from llm_jax.alphabet import ACT_AXES
+from llm_jax.alphabet import ROW_AXES
 from llm_jax.model.config import ModelConfig
 from llm_jax.plan.account import Leaf
 from llm_jax.plan.collectives import Collective, sent_share
@@ -58,7 +58,7 @@ def _recomputed(cfg: ModelConfig, attention: float) -> float:
 
 def _tokens(run: Run, axes: Mapping[str, int]) -> float:
     """Positions of an update on a device, of all its microbatches."""
-    return run.tokens_per_step / math.prod(axes[axis] for axis in (*ACT_AXES["B"], "context"))
+    return run.tokens_per_step / math.prod(axes[axis] for axis in ROW_AXES)
 
 
 def _moved(run: Run, axes: Mapping[str, int], weights: Sequence[Leaf]) -> float:
@@ -86,7 +86,7 @@ def _of_weights(run: Run, axes: Mapping[str, int], weights: Sequence[Leaf], slow
     sums: dict[tuple[str, ...], float] = {}
     for leaf in weights:
         bytes_used = _in_use(leaf, axes) * width(run.model) * run.train.accumulation
-        over = tuple(axis for axis in (*ACT_AXES["B"], "context") if axes[axis] > 1 and axis not in leaf.axes)
+        over = tuple(axis for axis in ROW_AXES if axes[axis] > 1 and axis not in leaf.axes)
         if axes["fsdp"] > 1 and "fsdp" in leaf.axes:
             gathered += 2 * bytes_used * (2 if leaf.shape[-1] == run.model.d_model < LANES * axes["fsdp"] else 1)
             reduced += bytes_used
