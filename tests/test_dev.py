@@ -1,6 +1,7 @@
 """dev.py as a newcomer meets it, in a small project; only the installer, which needs a network, is stood in for."""
 
 import ast
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 
@@ -510,3 +512,13 @@ def test_the_pins_name_no_registry_and_both_lines_of_jax() -> None:
     assert "://" not in text
     assert "@" not in text
     assert "jax==0.10.2 ; python_full_version < '3.12'\njax==0.12" in text
+
+
+def test_the_pinned_libtpu_is_the_one_that_jax_asks_for() -> None:
+    """Beside another the 8B does not compile. Of the two pins the one for this Python, as its JAX is."""
+    (asked,) = (line for line in importlib.metadata.requires("jax") or () if line.startswith("libtpu"))
+    pins = (Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines())
+    linux = {"sys_platform": "linux", "platform_machine": "x86_64"}
+    (pin,) = (one for one in pins if one.name == "libtpu" and one.marker and one.marker.evaluate(linux))
+    (version,) = pin.specifier
+    assert Requirement(asked).specifier.contains(version.version)

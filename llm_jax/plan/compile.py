@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -121,6 +122,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def unmatched() -> str:
+    """That libtpu is another than the one JAX asks for, and what helps; programs then fail with whatever message."""
+    found = versions()
+    asked = re.findall(r"^libtpu==([\d.]+)\.\*", "\n".join(importlib.metadata.requires("jax") or ()), re.MULTILINE)
+    if not asked or found["libtpu"].startswith(f"{asked[0]}."):
+        return ""
+    return f"; jax {found['jax']} asks for libtpu {asked[0]}, and this is {found['libtpu']}: python3 dev.py setup tpu"
+
+
 def _ask(run: Run, topology: Topology) -> dict[str, Any]:
     question = json.dumps({"run": config.tree(run), "topology": topology.text})
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +149,8 @@ def _ask(run: Run, topology: Topology) -> dict[str, Any]:
         if not answered.exists():
             lines = [line for line in told.read_text(errors="replace").splitlines() if line.strip()]
             last = lines[-1] if lines else f"exit code {asked.returncode}"
-            raise Impossible(f"the step does not compile for {topology.text}: {last}")
+            advice = unmatched() if topology.chip.platform == "tpu" else ""
+            raise Impossible(f"the step does not compile for {topology.text}: {last}{advice}")
         answer = json.loads(answered.read_text(encoding="utf-8"))
     if "refused" in answer:
         raise Impossible(answer["refused"])
