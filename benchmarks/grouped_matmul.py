@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from llm_jax.model.grouped_matmul import group_rows, grouped_matmul
+from llm_jax.model.grouped_matmul import Backend, group_rows, grouped_matmul
 
 Product = Callable[[Array, Array, Array], Array]
 
@@ -29,8 +29,10 @@ def products(rows: int) -> dict[str, Product]:
         "ragged_dot": lambda x_RD, weight_EDF, sizes_E: jax.lax.ragged_dot(x_RD, weight_EDF, sizes_E),
         "dense": lambda x_RD, weight_EDF, sizes_E: x_RD @ weight_EDF[0],
     }
-    if jax.default_backend() == "gpu":
-        backends["tiled"] = lambda x_RD, weight_EDF, sizes_E: grouped_matmul(x_RD, weight_EDF, sizes_E, "tiled")
+    of_platform: dict[str, Backend] = {"gpu": "tiled", "tpu": "mosaic"}
+    kernel = of_platform.get(jax.default_backend())
+    if kernel is not None:
+        backends[kernel] = lambda x_RD, weight_EDF, sizes_E: grouped_matmul(x_RD, weight_EDF, sizes_E, kernel)
     return backends
 
 

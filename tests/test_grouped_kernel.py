@@ -1,4 +1,7 @@
-"""The experts' kernels for GPUs, read aloud on a CPU: they give the numbers of a loop, and lower for CUDA."""
+"""The experts' kernels for GPUs and TPUs, read aloud on a CPU: they give the numbers of a loop, and lower for CUDA.
+
+That they compile for TPUs is in test_moe_tpu.py.
+"""
 
 from typing import Any
 
@@ -11,15 +14,16 @@ from jax import Array
 
 from llm_jax.config import ConfigError
 from llm_jax.mesh import acts
-from llm_jax.model import grouped_kernel, kernels
-from llm_jax.model.grouped_matmul import grouped_matmul
+from llm_jax.model import grouped_mosaic, grouped_tiled, kernels
+from llm_jax.model.grouped_matmul import Backend, grouped_matmul
 from llm_jax.model.moe import resolve_moe
 from llm_jax.model.paths import placed
 from tests.small import QUICKLY, mesh_of
 from tests.test_flash import ANNOUNCED, gpus, lowered_for_cuda
 from tests.test_moe import MESHES, B, D, T, abstract_moe, assert_right, compiled, config, expected, inputs, result
 
-TILED = config(exchange="all_gather", grouped_matmul="tiled")
+TILED, MOSAIC = (config(exchange="all_gather", grouped_matmul=kernel) for kernel in ("tiled", "mosaic"))
+KERNELS = {"tiled": grouped_tiled, "mosaic": grouped_mosaic}
 
 
 @pytest.fixture
@@ -27,14 +31,14 @@ def read_aloud(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRET", True)
 
 
-def wrongness(sizes_E: np.ndarray, R: int, D: int, F: int) -> float:
+def wrongness(backend: Backend, sizes_E: np.ndarray, R: int, D: int, F: int) -> float:
     """The largest difference of the product or a gradient from a loop's, as a share of its largest value."""
     rng = np.random.default_rng(0)
     x_RD, weight_EDF, dy_RF = (rng.normal(size=s).astype(np.float32) for s in ((R, D), (sizes_E.size, D, F), (R, F)))
 
     def both(x_RD: Array, weight_EDF: Array, dy_RF: Array) -> Any:
         y_RF, pull = jax.vjp(
-            lambda x, weight: grouped_matmul(x, weight, jnp.asarray(sizes_E), "tiled"), x_RD, weight_EDF
+            lambda x, weight: grouped_matmul(x, weight, jnp.asarray(sizes_E), backend), x_RD, weight_EDF
         )
         return y_RF, *pull(dy_RF)
 
@@ -44,25 +48,43 @@ def wrongness(sizes_E: np.ndarray, R: int, D: int, F: int) -> float:
     for e, (start, stop) in enumerate(zip(stops - sizes_E, stops, strict=True)):
         x, weight, dy = x_RD[start:stop].astype(float), weight_EDF[e].astype(float), dy_RF[start:stop].astype(float)
         right[0][start:stop], right[1][start:stop], right[2][e] = x @ weight, dy @ weight.T, x.T @ dy
-    return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in zip(got, right, strict=True))
+    return max(float(np.max(np.abs(a - b)) / (np.max(np.abs(b)) or 1)) for a, b in zip(got, right, strict=True))
 
 
-# Empty groups, groups of one row, of whole tiles, and rows of nobody; widths that are filled up.
+# Empty groups, groups of one row, of whole tiles, and rows of nobody; widths that are filled up, and of several tiles.
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize(
     ("sizes", "R", "D", "F"),
     [
         ((300, 0, 256, 1), 587, 5, 3),
         pytest.param((0, 0, 7), 7, 16, 24, marks=pytest.mark.slow),
         pytest.param((128, 128), 256, 96, 320, marks=pytest.mark.slow),
+        pytest.param((0, 100, 300, 0, 0), 1024, 1500, 1100, marks=pytest.mark.slow),
+        pytest.param((0, 0, 0), 40, 16, 24, marks=pytest.mark.slow),
     ],
 )
-def test_it_is_a_matmul_a_group_and_zero_elsewhere(sizes, R, D, F, read_aloud):
-    assert wrongness(np.array(sizes), R, D, F) < 1e-6
+def test_it_is_a_matmul_a_group_and_zero_elsewhere(backend, sizes, R, D, F, read_aloud):
+    assert wrongness(backend, np.array(sizes), R, D, F) < 1e-6
 
 
-def test_experts_are_the_loops(read_aloud):
-    given = inputs(TILED)
-    outcome = result(compiled(TILED, mesh_of(), given), TILED, mesh_of(), given)
+@pytest.mark.parametrize("sizes", [(300, 0, 256, 31), (0, 0, 0, 587), (587,), (1,) * 100 + (487,)])
+@pytest.mark.parametrize("at_least", [0, 1])
+def test_a_tpu_does_each_rows_work_once(sizes, at_least):
+    """Every row is in one visit, and every tile is left for good; so work grows by a tile a group, not by E times."""
+    R, rows = 587, 128
+    group, tile, start, stop = jax.device_get(grouped_mosaic._visits(jnp.array(sizes), R, rows, at_least))
+    seen = np.zeros(R, int)
+    for n in np.flatnonzero(stop > start):
+        seen[max(start[n], tile[n] * rows) : min(stop[n], (tile[n] + 1) * rows)] += 1
+    assert np.all(seen == 1) and np.all(np.diff(tile) >= 0) and np.all(np.diff(group) >= 0)
+    assert group.size <= -(-R // rows) + len(sizes)
+    assert not at_least or set(group) == set(range(len(sizes)))
+
+
+@pytest.mark.parametrize("cfg", [TILED, MOSAIC], ids=KERNELS)
+def test_experts_are_the_loops(cfg, read_aloud):
+    given = inputs(cfg)
+    outcome = result(compiled(cfg, mesh_of(), given), cfg, mesh_of(), given)
     assert_right(outcome, expected("all_gather x blocked", given))
 
 
@@ -89,30 +111,36 @@ def test_experts_lower_for_gpus(mesh):
     assert text.count("__gpu$xla.gpu.triton") == 9
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_it_is_refused_where_it_cannot_be(platform):
-    assert TILED.moe is not None
+@pytest.mark.parametrize(
+    ("cfg", "platform", "told"),
+    [
+        (TILED, "cpu", "'tiled' is a kernel for GPUs, and this is a cpu; there are blocked and ragged"),
+        (TILED, "tpu", "'tiled' is a kernel for GPUs, and this is a tpu; there are mosaic, blocked and ragged"),
+        (MOSAIC, "gpu", "'mosaic' is a kernel for TPUs, and this is a gpu; there are tiled, blocked and ragged"),
+    ],
+)
+def test_it_is_refused_where_it_cannot_be(cfg, platform, told):
     with pytest.raises(ConfigError) as refused:
-        resolve_moe(TILED.moe, platform, 1)
-    assert str(refused.value) == (
-        f"model.moe.grouped_matmul = 'tiled' is a kernel for GPUs, and this is a {platform}; "
-        "there are blocked and ragged"
-    )
+        resolve_moe(cfg.moe, platform, 1)
+    assert str(refused.value) == f"model.moe.grouped_matmul = {told}"
 
 
 def masks_forgotten(monkeypatch):
     """A group's last tile adds up the next group's rows, too."""
-    monkeypatch.setattr(grouped_kernel, "_between", lambda row, first, stop: row >= first)
+    monkeypatch.setattr(grouped_tiled, "_between", lambda row, first, stop: row >= first)
+    monkeypatch.setattr(grouped_mosaic, "_kept", lambda x, **_: x)
 
 
 def matrix_not_turned(monkeypatch):
     """The gradient of the rows is made with the matrix as it lies."""
-    by_group = grouped_kernel.by_group
-    monkeypatch.setattr(grouped_kernel, "by_group", lambda *a, transposed=False: by_group(*a))
+    for module in KERNELS.values():
+        by_group = module.by_group
+        monkeypatch.setattr(module, "by_group", lambda *a, it=by_group, transposed=False: it(*a))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("plant", [masks_forgotten, matrix_not_turned])
-def test_planted_defect_is_seen(plant, monkeypatch, read_aloud):
+def test_planted_defect_is_seen(backend, plant, monkeypatch, read_aloud):
     plant(monkeypatch)
-    assert wrongness(np.array([100, 28]), 128, 16, 16) > 1e-3
+    assert wrongness(backend, np.array([100, 28]), 128, 16, 16) > 1e-3

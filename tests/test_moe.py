@@ -478,9 +478,9 @@ def test_auto_is_settled_by_platform_and_mesh():
 
     assert settled(dropless, "cpu", 4) == ("all_gather", "blocked")
     assert settled(dropless, "gpu", 4) == ("all_gather", "tiled")
-    assert settled(dropless, "tpu", 2) == ("all_gather", "ragged")
-    assert settled(dropless, "tpu", 4) == ("ragged_all_to_all", "ragged")
-    assert settled(MoeConfig(exchange="all_to_all"), "tpu", 4) == ("all_to_all", "ragged")
+    assert settled(dropless, "tpu", 2) == ("all_gather", "mosaic")
+    assert settled(dropless, "tpu", 4) == ("ragged_all_to_all", "mosaic")
+    assert settled(MoeConfig(exchange="all_to_all"), "tpu", 4) == ("all_to_all", "mosaic")
     for platform in ("cpu", "gpu", "tpu"):
         assert settled(capacity, platform, 4) == ("all_to_all", "einsum")
 

@@ -42,25 +42,28 @@ def compiled_text(moe: MoeConfig, mesh: Mesh) -> str:
         return gradient.lower(params, balance, x_BTD, real_BT).compile().as_text() or ""
 
 
-def test_ragged_all_to_all_compiles():
+def test_ragged_all_to_all_and_the_kernels_compile():
     mesh = mesh_on("v5e:2x4", fsdp=2, expert=4)
-    moe = MoeConfig(d_ff=256, balance_rate=0.01, exchange="ragged_all_to_all", grouped_matmul="ragged")
+    moe = MoeConfig(d_ff=256, balance_rate=0.01, exchange="ragged_all_to_all", grouped_matmul="mosaic")
     text = compiled_text(moe, mesh)
-    # Tokens and gates there, results back; and each of them once more in the backward pass.
-    assert len(re.findall(r" ragged-all-to-all-start\(", text)) == 6
+    # Tokens and gates there, results back; in the backward pass each once more, but that some versions of XLA join two.
+    assert len(re.findall(r" ragged-all-to-all(-start)?\(", text)) in (5, 6)
+    # Up, gate and down: rows, their gradient and the weight's, and what is computed again is none of it.
+    assert len(re.findall(r'custom_call_target="tpu_custom_call"', text)) == 9
 
 
-def test_ragged_matmul_does_only_its_work():
-    """On a v5p, forward and backward; libtpu 0.0.52 does E times the work on v4, v5e, v6e and tpu7x."""
-    device = mesh_on("v5p:2x2x1", data=4).devices.flat[0]
-    R, D, F, E = 4096, 256, 512, 8
+# Rows, columns and terms of whole tiles, and of parts of them.
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(("R", "D", "F", "E"), [(4096, 1024, 2816, 8), (5000, 1408, 1000, 64), (40, 24, 300, 3)])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_kernels_compile_for_chips(topology, R, D, F, E, dtype):
+    device = mesh_on(topology, data=4).devices.flat[0]
 
     def both(x_RD: Array, weight_EDF: Array, sizes_E: Array, dy_RF: Array) -> Any:
-        y_RF, pull = jax.vjp(lambda x, weight: grouped_matmul(x, weight, sizes_E, "ragged"), x_RD, weight_EDF)
+        y_RF, pull = jax.vjp(lambda x, weight: grouped_matmul(x, weight, sizes_E, "mosaic"), x_RD, weight_EDF)
         return y_RF, pull(dy_RF)
 
-    shapes = ((R, D), jnp.bfloat16), ((E, D, F), jnp.bfloat16), ((E,), jnp.int32), ((R, F), jnp.bfloat16)
+    shapes = ((R, D), dtype), ((E, D, F), dtype), ((E,), jnp.int32), ((R, F), dtype)
     there = jax.sharding.SingleDeviceSharding(device)
     compiled = jax.jit(both).lower(*(jax.ShapeDtypeStruct(*shape, sharding=there) for shape in shapes)).compile()
-    cost: Any = compiled.cost_analysis()
-    assert cost["flops"] < 1.1 * 3 * 2 * R * D * F
+    assert (compiled.as_text() or "").count('custom_call_target="tpu_custom_call"') == 3

@@ -105,8 +105,8 @@ class MoeConfig(Config):
     """Step by which each expert's choice bias moves towards even load after an update (Wang et al. 2024); 0 is off."""
     exchange: Literal["auto", "all_to_all", "all_gather", "ragged_all_to_all"] = "auto"
     """How tokens come to their experts' devices; auto depends on platform and mesh, and the choice is printed."""
-    grouped_matmul: Literal["auto", "blocked", "ragged", "tiled", "einsum"] = "auto"
-    """How experts multiply; auto is blocked on a CPU, tiled on a GPU, ragged on a TPU, einsum with a capacity."""
+    grouped_matmul: Literal["auto", "blocked", "ragged", "tiled", "mosaic", "einsum"] = "auto"
+    """How experts multiply; auto is blocked on a CPU, tiled on a GPU, mosaic on a TPU, einsum with a capacity."""
 
 
 class Place(NamedTuple):
@@ -312,9 +312,7 @@ class ModelConfig(Config):
         if moe.top_k > moe.experts:
             raise ConfigError(f"model.moe.top_k = {moe.top_k} is more than model.moe.experts = {moe.experts}")
         if moe.capacity_factor is None and moe.grouped_matmul == "einsum":
-            raise ConfigError(
-                "model.moe.grouped_matmul = 'einsum' needs model.moe.capacity_factor; blocked, ragged and tiled do not"
-            )
+            raise ConfigError("model.moe.grouped_matmul = 'einsum' needs model.moe.capacity_factor; the others do not")
         if moe.capacity_factor is not None and moe.grouped_matmul not in ("auto", "einsum"):
             raise ConfigError(
                 f"model.moe.grouped_matmul = {moe.grouped_matmul!r}: with model.moe.capacity_factor it is einsum"

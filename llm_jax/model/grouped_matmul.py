@@ -1,13 +1,14 @@
 """Each row times the matrix of its group, in backends that give the same numbers."""
 
 import functools
+from types import ModuleType
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-Backend = Literal["blocked", "ragged", "tiled", "einsum"]
+Backend = Literal["blocked", "ragged", "tiled", "mosaic", "einsum"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -17,8 +18,8 @@ def grouped_matmul(x_RD: Array, weight_EDF: Array, sizes_E: Array, backend: Back
     Rows after the last group come out as anything and get no gradient worth reading. blocked wants R and sizes_E in
     multiples of `rows` (group_rows), and rows that are to add nothing to the weight's gradient to be 0 in x or in y's
     gradient, those after the last group too. einsum takes every group to have R / E rows, whatever sizes_E says. A
-    weight wider than x has its gradient added up in the weight's type. ragged is lax.ragged_dot, which on a CPU does E
-    times the work; tiled is a kernel for GPUs. Only inside a shard_map, or on one device.
+    weight wider than x has its gradient added up in the weight's type. ragged is lax.ragged_dot, which on most devices
+    does E times the work; tiled is a kernel for GPUs, mosaic one for TPUs. Only inside a shard_map, or on one device.
     """
     return _by_group(x_RD, weight_EDF.astype(x_RD.dtype), sizes_E, backend, rows)
 
@@ -34,16 +35,25 @@ def _backward(
 ) -> tuple[Array, Array, None]:
     x_RD, weight_EDF, sizes_E = saved
     cast_EDF = weight_EDF.astype(dy_RF.dtype)
-    if backend == "tiled":
-        from llm_jax.model.grouped_kernel import by_group
-
-        dx_RD = by_group(dy_RF, cast_EDF, sizes_E, transposed=True)
+    if backend in ("tiled", "mosaic"):
+        dx_RD = _kernels(backend).by_group(dy_RF, cast_EDF, sizes_E, transposed=True)
     else:
         dx_RD = _by_group(dy_RF, jnp.swapaxes(cast_EDF, 1, 2), sizes_E, backend, rows)
     return dx_RD, _between_groups(x_RD, dy_RF, sizes_E, backend, rows).astype(weight_EDF.dtype), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
+
+
+def _kernels(backend: Backend) -> ModuleType:
+    """by_group and between_groups of a backend; Pallas takes half a second to import."""
+    if backend == "tiled":
+        from llm_jax.model import grouped_tiled
+
+        return grouped_tiled
+    from llm_jax.model import grouped_mosaic
+
+    return grouped_mosaic
 
 
 def _by_group(x_RD: Array, weight_EDF: Array, sizes_E: Array, backend: Backend, rows: int) -> Array:
@@ -53,11 +63,8 @@ def _by_group(x_RD: Array, weight_EDF: Array, sizes_E: Array, backend: Backend, 
             return _blocked(x_RD, weight_EDF, sizes_E, rows)
         case "ragged":
             return jax.lax.ragged_dot(x_RD, weight_EDF, sizes_E)
-        case "tiled":
-            # Pallas takes half a second to import.
-            from llm_jax.model.grouped_kernel import by_group
-
-            return by_group(x_RD, weight_EDF, sizes_E)
+        case "tiled" | "mosaic":
+            return _kernels(backend).by_group(x_RD, weight_EDF, sizes_E)
         case "einsum":
             E = sizes_E.size
             y_EMF = jnp.einsum("EMD,EDF->EMF", x_RD.reshape(E, -1, x_RD.shape[1]), weight_EDF)
@@ -75,10 +82,8 @@ def _between_groups(x_RD: Array, dy_RF: Array, sizes_E: Array, backend: Backend,
                 dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
             )
             return jax.lax.ragged_dot_general(x_RD, dy_RF, sizes_E, over_rows, preferred_element_type=jnp.float32)
-        case "tiled":
-            from llm_jax.model.grouped_kernel import between_groups
-
-            return between_groups(x_RD, dy_RF, sizes_E)
+        case "tiled" | "mosaic":
+            return _kernels(backend).between_groups(x_RD, dy_RF, sizes_E)
         case "einsum":
             x_EMD, dy_EMF = (a.reshape(sizes_E.size, -1, a.shape[1]) for a in (x_RD, dy_RF))
             return jnp.einsum("EMD,EMF->EDF", x_EMD, dy_EMF, preferred_element_type=jnp.float32)

@@ -44,7 +44,7 @@ def by_group(x_RD: Array, weight: Array, sizes_E: Array, *, transposed: bool = F
     x_RD, weight = _filled_rows(_filled(x_RD, 1)), _filled(_filled(weight, 1), 2)
     rows = _row_tile(x_RD.shape[0], tiles.rows)
     inner, outer = _tile(x_RD.shape[1], tiles.inner), _tile(_wide(F), tiles.outer)
-    tile_N4, x_RD, weight = _varying_alike(_tiles_of_rows(sizes_E, x_RD.shape[0], rows), x_RD, weight)
+    tile_N4, x_RD, weight = kernels.varying_alike(_tiles_of_rows(sizes_E, x_RD.shape[0], rows), x_RD, weight)
     shape = (x_RD.shape[0], _wide(F))
     y_RF: Any = pl.pallas_call(
         functools.partial(_by_group_kernel, rows=rows, inner=inner, outer=outer, transposed=transposed),
@@ -52,9 +52,9 @@ def by_group(x_RD: Array, weight: Array, sizes_E: Array, *, transposed: bool = F
         grid=(shape[1] // outer, tile_N4.shape[0]),
         in_specs=[pl.BlockSpec((None, 4), lambda f, n: (n, 0)), _whole(x_RD.shape), _whole(weight.shape)],
         out_specs=_whole(shape),
-        out_shape=_like(x_RD, shape, x_RD.dtype),
+        out_shape=kernels.like(x_RD, shape, x_RD.dtype),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-        cost_estimate=_cost(R, weight.shape, x_RD.dtype.itemsize),
+        cost_estimate=kernels.product_cost(R, weight.shape, x_RD.dtype.itemsize),
         interpret=kernels.INTERPRET,
         name="grouped_matmul",
     )(tile_N4, x_RD, weight)
@@ -96,7 +96,7 @@ def between_groups(x_RD: Array, dy_RF: Array, sizes_E: Array, tiles: Tiles = BET
     )
     stop_E = jnp.cumsum(sizes_E, dtype=jnp.int32)
     span_E3 = jnp.stack([stop_E - sizes_E, stop_E, -(-sizes_E // rows)], axis=1)
-    span_E3, x_RD, dy_RF = _varying_alike(span_E3, x_RD, dy_RF)
+    span_E3, x_RD, dy_RF = kernels.varying_alike(span_E3, x_RD, dy_RF)
     dweight_EDF: Any = pl.pallas_call(
         functools.partial(_between_groups_kernel, rows=rows),
         grid=(shape[2] // outer, shape[1] // inner, E),
@@ -106,9 +106,9 @@ def between_groups(x_RD: Array, dy_RF: Array, sizes_E: Array, tiles: Tiles = BET
             pl.BlockSpec((x_RD.shape[0], outer), lambda f, d, e: (0, f)),
         ],
         out_specs=pl.BlockSpec((None, inner, outer), lambda f, d, e: (e, d, f)),
-        out_shape=_like(x_RD, shape, jnp.float32),
+        out_shape=kernels.like(x_RD, shape, jnp.float32),
         compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-        cost_estimate=_cost(x_RD.shape[0], shape, x_RD.dtype.itemsize),
+        cost_estimate=kernels.product_cost(x_RD.shape[0], shape, x_RD.dtype.itemsize),
         interpret=kernels.INTERPRET,
         name="grouped_matmul_between",
     )(span_E3, x_RD, dy_RF)
@@ -150,22 +150,6 @@ def _between(row: Array, first: Array, stop: Array) -> Array:
     return (row >= first) & (row < stop)
 
 
-def _varying_alike(*arrays: Array) -> list[Array]:
-    """Inside a shard_map: over which axes any of them varies, so do all."""
-    axes = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
-    return [
-        jax.lax.pcast(a, tuple(missing), to="varying")
-        if (missing := axes - jax.typeof(a).manual_axis_type.varying)
-        else a
-        for a in arrays
-    ]
-
-
-def _like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Of another shape and type, varying as x."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
-
-
 def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
     """All of it, of which a kernel takes what it wants."""
     return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
@@ -194,10 +178,3 @@ def _tile(n: int, most: int) -> int:
 
 def _row_tile(R: int, most: int) -> int:
     return min(most, 1 << (R.bit_length() - 1))
-
-
-def _cost(R: int, weight: tuple[int, ...], itemsize: int) -> pl.CostEstimate:
-    """That of a product in which each row meets one matrix of the weight [E, D, F]."""
-    E, D, F = weight
-    moved = R * (D + F) + E * D * F
-    return pl.CostEstimate(flops=2 * R * D * F, transcendentals=0, bytes_accessed=itemsize * moved)

@@ -1,10 +1,12 @@
 """Kernels, behind the wall of a shard_map: inside of a kernel there are no shardings, so none may be lost there."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
@@ -141,3 +143,26 @@ def _filled(x_BT: Array, value: int) -> Array:
     """The second axis, up to a multiple of LANES."""
     length = x_BT.shape[1]
     return jnp.pad(x_BT, [(0, 0), (0, _rounded(length) - length)] + [(0, 0)] * (x_BT.ndim - 2), constant_values=value)
+
+
+def varying_alike(*arrays: Array) -> list[Array]:
+    """Inside a shard_map: over which axes any of them varies, so do all."""
+    axes = frozenset[str]().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+    return [
+        jax.lax.pcast(a, tuple(missing), to="varying")
+        if (missing := axes - jax.typeof(a).manual_axis_type.varying)
+        else a
+        for a in arrays
+    ]
+
+
+def like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """Of another shape and type, varying as x."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
+def product_cost(R: int, weight: tuple[int, ...], itemsize: int) -> pl.CostEstimate:
+    """That of a product in which each row meets one matrix of the weight [E, D, F]."""
+    E, D, F = weight
+    moved = R * (D + F) + E * D * F
+    return pl.CostEstimate(flops=2 * R * D * F, transcendentals=0, bytes_accessed=itemsize * moved)

@@ -50,16 +50,19 @@ def resolve_moe(moe: MoeConfig, platform: str, expert_axis: int) -> MoeConfig:
         raise ConfigError(
             "model.moe.exchange = 'ragged_all_to_all' does not run on a CPU; all_gather and all_to_all do"
         )
-    if platform != "gpu" and moe.grouped_matmul == "tiled":
+    kernel = {"gpu": "tiled", "tpu": "mosaic"}.get(platform)
+    if moe.grouped_matmul in ("tiled", "mosaic") and moe.grouped_matmul != kernel:
+        made_for = {"tiled": "GPUs", "mosaic": "TPUs"}[moe.grouped_matmul]
+        there_are = ", ".join([kernel, "blocked"] if kernel else ["blocked"])
         raise ConfigError(
-            f"model.moe.grouped_matmul = 'tiled' is a kernel for GPUs, and this is a {platform}; there are blocked and "
-            "ragged"
+            f"model.moe.grouped_matmul = '{moe.grouped_matmul}' is a kernel for {made_for}, and this is a {platform}; "
+            f"there are {there_are} and ragged"
         )
     grouped_matmul, exchange = moe.grouped_matmul, moe.exchange
     if moe.capacity_factor is not None:
         return moe.model_copy(update={"grouped_matmul": "einsum", "exchange": "all_to_all"})
     if grouped_matmul == "auto":
-        grouped_matmul = {"cpu": "blocked", "gpu": "tiled"}.get(platform, "ragged")
+        grouped_matmul = kernel or "blocked"
     if exchange == "auto":
         # Gathering sends every token to every device of the group, and a token has top_k choices. Buffers that can drop
         # nothing are as large as all tokens for each device, so all_to_all never sends less than all_gather.
