@@ -239,3 +239,27 @@ ENTRY %main (a: f32[64,8], b: f32[1,8], i: s32[]) -> f32[64,8] {
 }
 """
     assert traffic.moved_bytes(hlo.parse(text)) == 2 * 8 * 4 + 4
+
+
+def test_a_slice_that_is_started_moves_the_slice_and_a_call_that_is_started_what_it_does() -> None:
+    """TPUs fetch parts of large arrays like that, and name arrays by calls that do nothing."""
+    text = """
+HloModule step
+%part (p.0: f32[64,8], p.1: s32[4]) -> f32[4,8] {
+  %p.0 = f32[64,8]{1,0} parameter(0)
+  %p.1 = s32[4]{0} parameter(1)
+  ROOT %out = f32[4,8]{1,0} gather(%p.0, %p.1)
+}
+ENTRY %main (a: f32[64,8], i: s32[4]) -> f32[4,8] {
+  %a = f32[64,8]{1,0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  %near-start = ((f32[64,8]{1,0}), f32[2,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:2], [0:8]}
+  %near = f32[2,8]{1,0:S(1)} slice-done(%near-start)
+  %on-the-chip = f32[1,8]{1,0} slice(%near), slice={[0:1], [0:8]}
+  %room = f32[512,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %start = ((f32[64,8]{1,0}, s32[4]{0}), f32[4,8]{1,0}, u32[]) call-start(%a, %i), to_apply=%part
+  ROOT %done = f32[4,8]{1,0} call-done(%start)
+}
+"""
+    row = 8 * 4
+    assert traffic.moved_bytes(hlo.parse(text)) == 2 * row + row + 2 * 4 * row

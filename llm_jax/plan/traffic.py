@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from llm_jax.plan.hlo import Buffer, Computation, Instruction, Program, executions, operand_buffers, total
+from llm_jax.plan.hlo import Buffer, Computation, Instruction, Program, called_by, executions, operand_buffers, total
 
 # What hands arrays on without touching them, or is counted where it begins.
 _FREE = frozenset(
     ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all")
     + ("partition-id", "replica-id", "add-dependency", "opt-barrier", "domain")
 )
+# What XLA calls to say where an array lies, or what is true of it.
+_NAMES = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
 # Instructions that read a part of their first operand: as much as they result in.
 _PARTIAL = ("dynamic-slice", "slice", "gather")
 
@@ -49,22 +51,26 @@ def largest_temporaries(program: Program, n: int) -> list[Temporary]:
 
 
 def _moved(instruction: Instruction, computation: Computation, program: Program) -> int:
-    opcode = instruction.opcode
+    opcode, made = instruction.opcode, instruction.result
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
         return 0
+    if opcode == "custom-call" and any(f'custom_call_target="{name}"' in instruction.attributes for name in _NAMES):
+        return 0
     operands = [_main(buffers) for buffers in operand_buffers(instruction, computation)]
-    result = _main(instruction.result)
     if opcode == "copy-start":
         # Its result is (to, from, a semaphore).
-        return operands[0] + _main(instruction.result[:1])
-    if opcode == "fusion-start":
+        return operands[0] + _main(made[:1])
+    if opcode.endswith("-start"):
+        if opcode != "fusion-start" and called_by(instruction, program):
+            return 0  # what it starts is counted
+        if (started := opcode.removesuffix("-start")) not in ("fusion", *_PARTIAL):
+            return 2 * sum(operands)
         # Its result is (the operands, what it makes, a word).
         given = sum(len(buffers) for buffers in operand_buffers(instruction, computation))
-        return _of_fusion(instruction, operands, _main(instruction.result[given:-1]), program)
-    if opcode.endswith("-start"):
-        return 2 * sum(operands)
+        opcode, made = started, made[given:-1]
+    result = _main(made)
     if opcode in _PARTIAL:
-        return 2 * result
+        return (total(made) if operands[0] else 0) + result
     if opcode == "dynamic-update-slice":
         return 2 * operands[1]
     if opcode == "scatter":
