@@ -155,9 +155,10 @@ def token_scores(x_BTD: Array, head: Head, targets_BT: Array, cfg: ModelConfig) 
 def _dlogits(part: "_Part", slope_NV: Array, weights_N: Array, cfg: ModelConfig, z_loss: float) -> Array:
     """The gradient of a chunk's sum by the logits before the soft cap, float32."""
     scale_N = weights_N * (1 + 2 * z_loss * part.log_z_N) / part.z_N
-    dlogits_NV = part.exp_NV * scale_N[:, None]
-    token_N = jnp.arange(weights_N.size)
-    dlogits_NV = dlogits_NV.at[token_N, part.target_N].add(jnp.where(part.mine_N, -weights_N, 0.0))
+    # A comparison, where a scatter of N values would do: so nothing stands between this and the cast to x's type, and
+    # accelerators write the gradient once.
+    is_target_NV = (jnp.arange(part.exp_NV.shape[1])[None] == part.target_N[:, None]) & part.mine_N[:, None]
+    dlogits_NV = part.exp_NV * scale_N[:, None] - jnp.where(is_target_NV, weights_N[:, None], 0.0)
     return dlogits_NV if cfg.logit_soft_cap is None else dlogits_NV * slope_NV
 
 
