@@ -79,8 +79,8 @@ elif ((code == 76 || code > 128 && code != 130)); then
 fi
 if [[ $again ]]; then
   echo "exit code $code: requeued ($again)"
-  # Slurm ends this script when it requeues the job. A script that ends by itself would end the job too.
-  scontrol requeue "$job" && sleep 600
+  # Slurm ends this script when it requeues the job, sleep first. One that ends by itself would end it.
+  scontrol requeue "$job" && { sleep 600; exit "$code"; }
 fi
 echo "exit code $code: the job ends"
 ((code == 0)) && rm -rf "$record"
