@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from llm_jax.model.grouped_matmul import Backend, group_rows, grouped_matmul
+from llm_jax.model.grouped_matmul import KERNELS, group_rows, grouped_matmul
 
 Product = Callable[[Array, Array, Array], Array]
 
@@ -29,8 +29,7 @@ def products(rows: int) -> dict[str, Product]:
         "ragged_dot": lambda x_RD, weight_EDF, sizes_E: jax.lax.ragged_dot(x_RD, weight_EDF, sizes_E),
         "dense": lambda x_RD, weight_EDF, sizes_E: x_RD @ weight_EDF[0],
     }
-    of_platform: dict[str, Backend] = {"gpu": "tiled", "tpu": "mosaic"}
-    kernel = of_platform.get(jax.default_backend())
+    kernel = KERNELS.get(jax.default_backend())
     if kernel is not None:
         backends[kernel] = lambda x_RD, weight_EDF, sizes_E: grouped_matmul(x_RD, weight_EDF, sizes_E, kernel)
     return backends

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 Backend = Literal["blocked", "ragged", "tiled", "mosaic", "einsum"]
+# Platforms that have a kernel for it.
+KERNELS: dict[str, Backend] = {"gpu": "tiled", "tpu": "mosaic"}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -18,7 +20,7 @@ def grouped_matmul(x_RD: Array, weight_EDF: Array, sizes_E: Array, backend: Back
     Rows after the last group come out as anything and get no gradient worth reading. blocked wants R and sizes_E in
     multiples of `rows` (group_rows), and rows that are to add nothing to the weight's gradient to be 0 in x or in y's
     gradient, those after the last group too. einsum takes every group to have R / E rows, whatever sizes_E says. A
-    weight wider than x has its gradient added up in the weight's type. ragged is lax.ragged_dot, which on most devices
+    weight wider than x has its gradient added up in the weight's type. ragged is lax.ragged_dot, which on many devices
     does E times the work; tiled is a kernel for GPUs, mosaic one for TPUs. Only inside a shard_map, or on one device.
     """
     return _by_group(x_RD, weight_EDF.astype(x_RD.dtype), sizes_E, backend, rows)

@@ -2,7 +2,7 @@
 
 Tiles lie where they lie, and one that a group's end goes through is visited once for each group in it (as in
 MegaBlocks, Gale et al. 2022, and in JAX's megablox, whose kernels know no shard_map that checks what varies).
-JAX's ragged_dot multiplies every row with every matrix on most TPUs.
+JAX's ragged_dot multiplies every row with every matrix where chip and version of libtpu have it so.
 """
 
 import functools

@@ -11,6 +11,7 @@ from llm_jax.config import ConfigError
 from llm_jax.mesh import acts
 from llm_jax.model.config import ModelConfig, MoeConfig
 from llm_jax.model.experts import Choices, ExpertWeights, apply_experts
+from llm_jax.model.grouped_matmul import KERNELS
 from llm_jax.model.mlp import Mlp
 from llm_jax.model.weights import Balance, Weight, matrix, residual_scale, stored
 
@@ -50,7 +51,7 @@ def resolve_moe(moe: MoeConfig, platform: str, expert_axis: int) -> MoeConfig:
         raise ConfigError(
             "model.moe.exchange = 'ragged_all_to_all' does not run on a CPU; all_gather and all_to_all do"
         )
-    kernel = {"gpu": "tiled", "tpu": "mosaic"}.get(platform)
+    kernel = KERNELS.get(platform)
     if moe.grouped_matmul in ("tiled", "mosaic") and moe.grouped_matmul != kernel:
         made_for = {"tiled": "GPUs", "mosaic": "TPUs"}[moe.grouped_matmul]
         there_are = ", ".join([kernel, "blocked"] if kernel else ["blocked"])

@@ -157,7 +157,7 @@ def _dlogits(part: "_Part", slope_NV: Array, weights_N: Array, cfg: ModelConfig,
     scale_N = weights_N * (1 + 2 * z_loss * part.log_z_N) / part.z_N
     # A comparison, where a scatter of N values would do: so nothing stands between this and the cast to x's type, and
     # accelerators write the gradient once.
-    is_target_NV = (jnp.arange(part.exp_NV.shape[1])[None] == part.target_N[:, None]) & part.mine_N[:, None]
+    is_target_NV = jnp.arange(part.exp_NV.shape[1])[None] == part.target_N[:, None]
     dlogits_NV = part.exp_NV * scale_N[:, None] - jnp.where(is_target_NV, weights_N[:, None], 0.0)
     return dlogits_NV if cfg.logit_soft_cap is None else dlogits_NV * slope_NV
 
@@ -188,9 +188,7 @@ class _Part(NamedTuple):
     log_z_N: Array
     """The log-normaliser of the logits."""
     target_N: Array
-    """The target's place in this part, if it is in it."""
-    mine_N: Array
-    """Whether it is."""
+    """The target's place in this part; no place of it where another part has the target."""
     picked_N: Array
     """The target's logit."""
     correct_N: Array
@@ -211,8 +209,7 @@ def _vocabulary_sums(logits_NV: Array, targets_N: Array) -> _Part:
     ahead_NV = (logits_NV > picked_N[:, None]) | (before_NV & (logits_NV == picked_N[:, None]))
     ahead_N = jax.lax.psum(jnp.any(ahead_NV, axis=1).astype(jnp.float32), "tensor")
     correct_N = (ahead_N == 0).astype(jnp.float32)
-    target_N = jnp.where(mine_N, target_N, 0)
-    return _Part(exp_NV, z_N, jnp.log(z_N) + highest_N, target_N, mine_N, picked_N, correct_N)
+    return _Part(exp_NV, z_N, jnp.log(z_N) + highest_N, target_N, picked_N, correct_N)
 
 
 def _chunk_count(n_tokens: int, n_vocabulary: int, cfg: ModelConfig) -> int:
