@@ -1,5 +1,6 @@
 """The verbs: `llm-jax VERB ...`. Each is imported when it is called, so that what needs no jax does not wait for it."""
 
+import contextlib
 import difflib
 import os
 import signal
@@ -140,12 +141,19 @@ def _may_be_an_echo(error: Exception) -> bool:
 
 
 def _leave(exit_code: int, after_s: float = 0.0) -> int:
-    """The exit code; of several processes, this one is gone at once, since its peers would wait five minutes for it."""
+    """Returns the exit code; one of several processes ends here instead, since its peers would wait minutes for it.
+
+    It ends after_s later, and process 0 gives the others a few seconds to end with a code and a line of their own.
+    """
     jax = sys.modules.get("jax")  # what has not been imported is not running
     if jax is not None and jax.distributed.is_initialized():
+        from llm_jax import processes
+
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(after_s)
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(after_s)
+            processes.leave_in_order(processes.LEAVE_TIMEOUT_S - after_s)
         os._exit(exit_code)
     return exit_code
 

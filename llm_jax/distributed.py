@@ -296,7 +296,6 @@ def agree_on_number(job: Job) -> None:
     for other in others:
         theirs = client.blocking_key_value_get(f"llm_jax/processes/{other}", patience_ms)
         if theirs != mine:
-            time.sleep(1)  # whoever asks process 0 has its answer before it goes
             raise CannotJoin(
                 f"process {job.process} was told of {mine} processes, and process {other} of {theirs}: "
                 "JAX_NUM_PROCESSES must be the same everywhere"

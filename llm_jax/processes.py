@@ -1,6 +1,7 @@
 """What several processes settle among themselves, without a device: any thread may ask, and no step is in the way."""
 
 import collections
+import time
 from collections.abc import Callable
 
 import jax
@@ -11,7 +12,37 @@ from llm_jax.exit_codes import Failure
 # A peer that died ends everyone's wait much earlier (the coordination service aborts the job); this bounds a hung disk.
 TIMEOUT_S = 1800.0
 
+# A refusal usually comes to every process, to some of them later. Process 0 hosts the coordination service, whose end
+# aborts every process that is still there: it gives the others this long to leave by themselves, and this long between
+# a process's notice and its end.
+LEAVE_TIMEOUT_S = 10.0
+LEAVE_GRACE_S = 1.0
+_LEAVING = "llm_jax/leaving/"
+
 _rounds: collections.Counter[str] = collections.Counter()
+
+
+def leave_in_order(timeout_s: float = LEAVE_TIMEOUT_S) -> None:
+    """Gives notice that this process ends; on process 0, waits first until every other process has given its own.
+
+    The caller ends the process right afterwards. Process 0 waits for timeout_s at most: a process that waits for it in
+    a collective gives no notice. Uses no device, and does not raise where the service is gone.
+    """
+    state = distributed.global_state
+    if state.client is None:
+        return
+    try:
+        if state.process_id > 0:
+            state.client.key_value_set(f"{_LEAVING}{state.process_id}", "leaving")
+            return
+        deadline = time.monotonic() + timeout_s
+        while len(state.client.key_value_dir_get(_LEAVING)) < state.num_processes - 1:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.05)
+    except jax.errors.JaxRuntimeError:
+        return
+    time.sleep(LEAVE_GRACE_S)
 
 
 def settle(topic: str, mine: str, judge: Callable[[list[str]], str], *, timeout_s: float = TIMEOUT_S) -> str:

@@ -19,7 +19,7 @@ FOREIGN = ("JAX_", "SLURM_", "OMPI_", "TPU_", "CUDA_", "ROCR_")
 # Joins with patience for SECONDS, then says how many there are and which GPUs are its own.
 JOIN = """
 import sys
-from llm_jax import distributed
+from llm_jax import distributed, processes
 from llm_jax.exit_codes import Failure
 distributed.FIRST_WORD_S = 0.5
 try:
@@ -27,6 +27,7 @@ try:
 except Failure as failure:
     print(failure, file=sys.stderr, flush=True)
     import os
+    processes.leave_in_order()
     os._exit(failure.exit_code)
 import jax
 print(jax.process_index(), "of", jax.process_count(), jax.config.values["jax_cuda_visible_devices"], flush=True)
@@ -213,6 +214,34 @@ def test_different_numbers_are_told_on_both_sides(start: Start) -> None:
     both = [start("-c", JOIN, "60", "60", env=triple(port, 2 + i, i)) for i in range(2)]
     refused(both[0], 3, "process 0 was told of 2 processes, and process 1 of 3: JAX_NUM_PROCESSES must be the same")
     refused(both[1], 3, "process 1 was told of 3 processes, and process 0 of 2: JAX_NUM_PROCESSES must be the same")
+
+
+# `llm-jax` of one of two processes, whose verb joins the other and then refuses, SECONDS later on this one.
+REFUSES = """
+import sys, time
+from llm_jax import __main__ as program, distributed
+from llm_jax.exit_codes import Failure
+def verb(argv):
+    distributed.join_processes(heartbeat_s=60, patience_s=60)
+    time.sleep(float(argv[1]))
+    failure = Failure(f"refused after {argv[1]} s")
+    failure.exit_code = 65
+    raise failure
+program.run_verb = verb
+sys.exit(program.main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("seconds", [("0", "3"), ("3", "0")])
+def test_refusing_one_after_the_other_each_ends_with_its_own_line_and_code(
+    start: Start, seconds: tuple[str, str]
+) -> None:
+    """Process 0 hosts the coordination service: ended at once, it would take process 1 along with SIGABRT."""
+    port = free_port()
+    both = [start("-c", REFUSES, seconds[i], env=triple(port, 2, i)) for i in range(2)]
+    for i, running in enumerate(both):
+        refused(running, 65, f"refused after {seconds[i]} s")
+        assert running.done().stderr.count("\n") == 1
 
 
 def test_nobody_at_that_address(start: Start) -> None:
