@@ -1,7 +1,7 @@
 """How far each setting is from one device: python benchmarks/invariance.py [--write]
 
-One JSON line a row of the matrix that tests/test_invariance.py proves; --write makes docs/invariance.md of them. It
-runs on a CPU with eight emulated devices, and takes some minutes.
+One JSON line a row of the matrix, of which tests/test_invariance.py proves a part; --write makes docs/invariance.md of
+them. It runs on a CPU with eight emulated devices, and takes some minutes.
 """
 
 import argparse
@@ -31,8 +31,8 @@ Parallelism, accumulation and rematerialisation must not change what is computed
 objective, mesh, microbatches and remat, held against the same batch on one device in one microbatch with nothing
 recomputed: tokens that chose other experts, the worst difference of all reported means, and the worst gradient leaf, as
 a share of its largest value (or of a thousandth of the largest leaf's, if that is more). Everything is float32; the
-bound is {tolerance:g}. Every pair of settings occurs. `tests/test_invariance.py` proves these rows, and that planted
-mistakes turn them red.
+bound is {tolerance:g}. Every pair of settings occurs. `tests/test_invariance.py` proves a part of these rows in which
+every pair occurs too, and that planted mistakes turn them red.
 
 Written by `python benchmarks/invariance.py --write` on {date}, commit {commit}, {machine}, JAX {jax}.
 

@@ -42,7 +42,7 @@ After each kill the same command goes on, until the run has come to its end; the
 too, and another run begins. Every history is held against the one of a run that nobody stopped, with as many processes:
 updates 1 to {steps} once each, every batch once, every line of `metrics.jsonl` and `validation.jsonl` but the times,
 the checkpoints, nothing unfinished beside them, and every bit of the last one's arrays. `tests/test_kill_loop.py` does
-this with ten kills, and proves that a resume that repeats a batch, a log that keeps what a killed process wrote, and a
+this with four kills, and proves that a resume that repeats a batch, a log that keeps what a killed process wrote, and a
 checkpoint that is whole before its lines are written are each seen.
 
 Written by `python benchmarks/kill_loop.py {arguments}` on {date}, commit {commit}, {machine}, JAX {jax}:

@@ -17,20 +17,29 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+JAX_VERSION = importlib.metadata.version("jax")
 # A process of the program gets these and no more: it has to be right without the strictness below.
 EMULATED = {
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": "8",
     # Compiled code depends on the version. A folder of the repository's own: what it holds came from this machine.
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / f"jax-{importlib.metadata.version('jax')}"),
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / f"jax-{JAX_VERSION}"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
+# Half of the suite's time went into LLVM. The same programs, collectives and orders of sums, in slower code that may
+# round elsewhere, so it is compared with its like; what the documents say to type, and the kill loop, run without.
+QUICKLY_COMPILED = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
+if JAX_VERSION.startswith("0.10."):
+    QUICKLY_COMPILED += " --xla_cpu_use_fusion_emitters=false"
 STRICT = {
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "JAX_REMOVE_SIZE_ONE_MESH_AXIS_FROM_TYPE": "true",
     # Emulated devices may wait for each other for ever: llm_jax/distributed.py, which does it for the program.
-    "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    "XLA_FLAGS": f"--xla_cpu_enable_concurrency_optimized_scheduler=false {QUICKLY_COMPILED}",
 }
 
 # A job that a shell put into the background ignores Ctrl-C, and so would everything that the tests start.
@@ -123,7 +132,8 @@ def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
     def start(*arguments: str, devices: int = 1, env: Mapping[str, str] | None = None, cwd: Path = tmp_path) -> Running:
         kept = {key: value for key, value in os.environ.items() if key not in (*STRICT, "PYTHONDONTWRITEBYTECODE")}
-        kept |= {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices), **(env or {})}
+        kept |= {"PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICKLY_COMPILED, "JAX_NUM_CPU_DEVICES": str(devices)}
+        kept |= env or {}
         stdout, stderr = (outputs / f"{len(started)}.{name}" for name in ("stdout", "stderr"))
         with stdout.open("w") as out, stderr.open("w") as err:
             command = [sys.executable, *arguments]
@@ -194,7 +204,7 @@ def listens(port: int) -> bool:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of tests/training.py's 40 updates in one go, on one device; for reading only.
+    """The run directory of tests/training.py's updates in one go, on one device; for reading only.
 
     The workers of a session share it: the first makes it, the others wait.
     """

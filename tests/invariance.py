@@ -90,13 +90,32 @@ def matrix() -> Sequence[Setting]:
         Setting(model, objective, mesh, *turns[(i + i // 6) * 3 % 4])
         for i, (mesh, model, objective) in enumerate(cells)
     ]
-    hardest = [
+    return list(dict.fromkeys([*settings, *hardest()]))
+
+
+def hardest() -> Sequence[Setting]:
+    """Where most can go wrong: microbatches over parts of rows, experts on several devices, rows on as many."""
+    settings = [
         Setting(model, objective, "context 2 x fsdp 4", 4, "full")
         for model, objective in itertools.product(MODELS, OBJECTIVES)
     ]
-    hardest += [Setting("experts", objective, "expert 4 x fsdp 2", 4, "full") for objective in OBJECTIVES]
-    hardest += [Setting(model, "mlm", "data 8", 4, "none") for model in MODELS]
-    return list(dict.fromkeys([*settings, *hardest]))
+    settings += [Setting("experts", objective, "expert 4 x fsdp 2", 4, "full") for objective in OBJECTIVES]
+    return [*settings, *(Setting(model, "mlm", "data 8", 4, "none") for model in MODELS)]
+
+
+def sample() -> Sequence[Setting]:
+    """The hardest settings, and others until every pair occurs: always one that has most of the pairs missing."""
+    settings, taken = matrix(), list(hardest())
+    missing = set().union(*map(pairs, settings)).difference(*map(pairs, taken))
+    while missing:
+        taken.append(max(settings, key=lambda setting: len(pairs(setting) & missing)))
+        missing -= pairs(taken[-1])
+    return taken
+
+
+def pairs(setting: Setting) -> set[tuple[tuple[str, object], ...]]:
+    """Every two values that the setting brings together, each with the name of its field."""
+    return set(itertools.combinations(setting._asdict().items(), 2))
 
 
 class Outcome(NamedTuple):

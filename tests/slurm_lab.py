@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.conftest import ROOT, STRICT
+from tests.conftest import QUICKLY_COMPILED, ROOT, STRICT
 
 PROGRAMS = ("setpriv", "munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 KILL_WAIT_S = 10
@@ -88,7 +88,8 @@ class Slurm:
         # Jobs inherit what sbatch is given: this interpreter, the program, and few threads, on one device each.
         kept = {name: value for name, value in os.environ.items() if name not in (*STRICT, "PYTHONDONTWRITEBYTECODE")}
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
-        self.env = kept | {"SLURM_CONF": conf, "PATH": path, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+        kept |= {"PATH": path, "PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICKLY_COMPILED, "JAX_NUM_CPU_DEVICES": "1"}
+        self.env = kept | {"SLURM_CONF": conf}
 
     def start(self) -> None:
         """Starts the daemons; returns when every node is idle."""

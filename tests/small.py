@@ -38,12 +38,22 @@ WORD_STARTS_V = np.arange(2 * 250).reshape(250, 2) % 3 == 0
 SETTINGS: dict[str, Any] = {"cross_documents": False, "seed": 0, "word_starts_V": WORD_STARTS_V}
 
 # Half the compile time, or a quarter where XLA still has its older emitters: the same program to the partitioner, and
-# code that rounds elsewhere. For programs that are held against others compiled this way, not for times.
-QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# code that rounds elsewhere. For programs that are held against others compiled this way, not for times. What is cut
+# into parts for several threads is work for all of them together.
+QUICKLY: dict[str, Any] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 if jax.__version_info__ < (0, 11):
     QUICKLY["xla_cpu_use_fusion_emitters"] = False
 
 Tree = Any
+
+
+def slowly(*values: Any) -> Any:
+    """The values of one case of a parametrised test, as a case that is slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def mesh_of(**sizes: int) -> Mesh:
@@ -52,7 +62,8 @@ def mesh_of(**sizes: int) -> Mesh:
 
 def weights_of(cfg: ModelConfig, seed: int = 0) -> nnx.State:
     """The initial weights as numpy arrays; norms' scales are drawn too, since ones would hide where they go."""
-    return _weights_of(cfg.model_dump_json(), seed)
+    # Neither changes what is drawn.
+    return _weights_of(cfg.model_copy(update={"attention": "xla", "remat": "none"}).model_dump_json(), seed)
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +20,9 @@ from llm_jax.model.backends import resolve
 from llm_jax.model.config import LayerConfig, ModelConfig
 from llm_jax.model.sight import Places, Sight
 from tests.reference_attention import Inputs, inputs, reference, sees
-from tests.small import QUICKLY, mesh_of, put
+from tests.small import QUICKLY, mesh_of, put, slowly
 
 SHARDED = {"context": 2, "fsdp": 2, "tensor": 2}
-BACKENDS = pytest.mark.parametrize("backend", ["xla", "chunked", "splash"])
 
 
 @pytest.fixture(autouse=True)
@@ -128,24 +127,31 @@ def test_the_references_gradients_are_its_outputs():
 
 # Splash knows no global tokens.
 OF_SPLASH = [name for name, case in CASES.items() if not case.sight.global_tokens]
+# Every backend with these every day, and with the other sights where that is slow: a compile takes a second.
+OFTEN = ("causal", "odd window to both sides", "blocks and global tokens")
+
+
+def some(backend: str, names: Iterable[str]) -> list[Any]:
+    """Cases of a backend, those that are not OFTEN slow."""
+    return [(backend, name) if name in OFTEN else slowly(backend, name) for name in names]
 
 
 @pytest.mark.parametrize(
     ("backend", "name"),
-    [*itertools.product(["xla", "chunked"], CASES), *[("splash", name) for name in OF_SPLASH]],
+    [*itertools.product(["chunked"], CASES), *some("xla", CASES), *some("splash", OF_SPLASH)],
 )
 def test_output_and_gradients_are_those_of_the_definition(backend, name):
     x, numbers = expected(CASES[name])
     assert difference(run(backend, CASES[name], x, {}), numbers) < 5e-6
 
 
-# The reference knows nothing of meshes but what the compiler does: for a few sights that is proof enough every day.
+# The reference knows nothing of meshes but what the compiler does.
 @pytest.mark.parametrize(
     ("backend", "name"),
     [
-        *[("chunked", name) for name in CASES],
-        *[pytest.param("xla", name, marks=[] if case.sinks else pytest.mark.slow) for name, case in CASES.items()],
-        *[pytest.param("splash", name, marks=[] if CASES[name].sinks else pytest.mark.slow) for name in OF_SPLASH],
+        *some("chunked", CASES),
+        *[("xla", name) if name == "causal" else slowly("xla", name) for name in CASES],
+        *[("splash", name) if name == "causal" else slowly("splash", name) for name in OF_SPLASH],
     ],
 )
 def test_output_and_gradients_are_those_of_the_definition_where_sharded(backend, name):
@@ -173,21 +179,22 @@ def test_a_query_depends_on_exactly_the_keys_that_it_sees(name, backend):
     assert wrong_dependences(backend, CASES[name]) == 0
 
 
-@pytest.mark.parametrize("name", OF_SPLASH)
+@pytest.mark.parametrize("name", [name if name in OFTEN else slowly(name) for name in OF_SPLASH])
 def test_a_query_of_splash_depends_on_exactly_the_keys_that_it_sees(name):
     assert wrong_dependences("splash", CASES[name]) == 0
 
 
 # 62 and 97 are filled up to 128, 265 to 384; of 192 each of two devices has 96, too few for it to compute them alone.
 @pytest.mark.parametrize(
-    ("length", "mesh"), [(62, {}), (97, {}), (265, {}), (192, {"context": 2}), (512, {"context": 2})]
+    ("length", "mesh"),
+    [slowly(62, {}), (97, {}), slowly(265, {}), (192, {"context": 2}), slowly(512, {"context": 2})],
 )
 def test_splash_is_right_at_every_length(length, mesh):
     x, case = inputs(2, length, 4, 2, 8), Case(Sight(True), sinks=True)
     assert difference(run("splash", case, x, mesh), reference(x, *case)) < 5e-6
 
 
-@BACKENDS
+@pytest.mark.parametrize("backend", [slowly("xla"), "chunked", slowly("splash")])
 def test_a_long_window_is_none_and_a_window_of_one_sees_itself(backend):
     x = inputs(2, T, 4, 2, 8)
     plain = Case(Sight(True))
@@ -198,8 +205,12 @@ def test_a_long_window_is_none_and_a_window_of_one_sees_itself(backend):
 
 
 # 128: two blocks. 97: prime, so one block. 265: five blocks of 53, in loops of two. 62: shorter than a block.
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("length", [128, 97, 265, 62])
+@pytest.mark.parametrize(
+    ("length", "causal"),
+    [(265, True), (97, False), (62, True)]
+    + [slowly(*of) for of in ((128, True), (128, False), (97, True))]
+    + [slowly(265, False), slowly(62, False)],
+)
 def test_chunked_is_right_at_every_length(length, causal):
     x, case = inputs(2, length, 4, 2, 8), Case(Sight(causal))
     assert difference(run("chunked", case, x, {}), reference(x, *case)) < 5e-6
@@ -211,8 +222,8 @@ def test_short_windows_are_right_where_64_does_not_divide_the_row():
     assert difference(run("chunked", case, x, {}), reference(x, *case)) < 5e-6
 
 
-@BACKENDS
-@pytest.mark.parametrize(("H", "K"), [(4, 4), (4, 1)])
+@pytest.mark.parametrize("backend", ["xla", "chunked", "splash"])
+@pytest.mark.parametrize(("H", "K"), [slowly(4, 4), (4, 1)])
 def test_every_grouping_of_heads_is_right(H, K, backend):
     x, case = inputs(2, 64, H, K, 8), Case(Sight(True), sinks=True)
     assert difference(run(backend, case, x, {}), reference(x, *case)) < 5e-6
@@ -443,17 +454,17 @@ def sinks_get_no_gradient_of_other_rows(monkeypatch):
     ("plant", "name", "backend", "mesh"),
     [
         (first_query_of_rank_forgotten, "causal", "chunked", {"context": 2}),
-        (first_query_of_rank_forgotten, "short window", "chunked", {"context": 2}),
-        (keys_cut_one_early, "causal", "chunked", {}),
+        slowly(first_query_of_rank_forgotten, "short window", "chunked", {"context": 2}),
+        slowly(keys_cut_one_early, "causal", "chunked", {}),
         (heads_paired_wrongly, "causal", "xla", {}),
         (window_off_by_one, "short window", "chunked", {}),
-        (reach_too_short, "short window", "chunked", {}),
-        (reach_too_short, "window", "chunked", {}),
-        (blocks_of_the_row, "blocks", "xla", {}),
-        (segments_ignored_for_global_tokens, "blocks and global tokens", "xla", {}),
+        slowly(reach_too_short, "short window", "chunked", {}),
+        slowly(reach_too_short, "window", "chunked", {}),
+        slowly(blocks_of_the_row, "blocks", "xla", {}),
+        slowly(segments_ignored_for_global_tokens, "blocks and global tokens", "xla", {}),
         (sinks_get_no_gradient_of_other_rows, "bidirectional", "chunked", {"fsdp": 2}),
         (documents_ignored, "causal", "splash", {}),
-        (blocks_begin_with_the_row, "blocks", "splash", {}),
+        slowly(blocks_begin_with_the_row, "blocks", "splash", {}),
     ],
 )
 def test_planted_defect_is_seen(plant, name, backend, mesh, planted):
@@ -466,7 +477,7 @@ def test_planted_defect_is_seen(plant, name, backend, mesh, planted):
     ("plant", "name"),
     [
         (window_off_by_one, "short window"),
-        (segments_ignored_for_global_tokens, "blocks and global tokens"),
+        slowly(segments_ignored_for_global_tokens, "blocks and global tokens"),
     ],
 )
 def test_planted_defect_is_seen_by_gradient(plant, name, planted):

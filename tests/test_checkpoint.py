@@ -24,6 +24,7 @@ from llm_jax.checkpoint import RECORD, STATE, CheckpointError, Checkpoints
 from llm_jax.mesh import make_mesh
 from tests.checkpoint_roles import restore_newest
 from tests.conftest import Start
+from tests.small import slowly
 
 
 def mesh_of(**sizes: int) -> Mesh:
@@ -221,7 +222,7 @@ def remove(path: Path, rng: random.Random) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, remove], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", [flip, slowly(truncate), slowly(remove)], ids=lambda damage: damage.__name__)
 def test_damage_to_any_file_is_noticed_and_the_one_before_used(
     damage: Callable[[Path, random.Random], None], two_saved: Path, tmp_path: Path, fsdp: Mesh, capsys: Any
 ) -> None:

@@ -64,6 +64,7 @@ def test_two_processes_save_and_restore_as_one(tmp_path: Path, launch_processes:
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_kill_in_mid_save_leaves_what_was_whole(tmp_path: Path, start: Start) -> None:
     """SIGKILL at random moments of a save, and on from there: nothing with a number is damaged, none is lost."""
     seed = random.randrange(2**32)
@@ -92,7 +93,7 @@ def test_kill_in_mid_save_leaves_what_was_whole(tmp_path: Path, start: Start) ->
     assert sorted(path.name for path in directory.iterdir()) == sorted([str(found), str(found + 1)])
 
 
-@pytest.mark.parametrize("with_child", [False, True])
+@pytest.mark.parametrize("with_child", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_one_trainer_at_a_time_and_death_frees_the_lock(tmp_path: Path, start: Start, with_child: bool) -> None:
     run_dir = tmp_path / "run"
     holder = start(*SCRIPT, "hold_the_lock", str(run_dir), str(int(with_child)))

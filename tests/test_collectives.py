@@ -22,7 +22,7 @@ from llm_jax.objective.config import CausalConfig
 from llm_jax.optim.config import AdamWConfig
 from llm_jax.train.state import TrainState, abstract_state, init_state
 from llm_jax.train.step import make_step
-from tests.small import CFG, QUICKLY, SETTINGS, B, U, mesh_of, put, ragged_rows
+from tests.small import CFG, QUICKLY, SETTINGS, B, U, mesh_of, put, ragged_rows, slowly
 
 OPTIM = AdamWConfig()
 Step = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
@@ -89,12 +89,12 @@ def unexpected(name: str, compiled: Callable[[jax.stages.Lowered], str] = text_o
     return told + ([f"{counts['all-reduce']} all-reduce"] if counts["all-reduce"] > reduces else [])
 
 
-@pytest.mark.parametrize("name", ["data 8", "fsdp 8", "data 2 x expert 2 x tensor 2"])
+@pytest.mark.parametrize("name", [slowly("data 8"), slowly("fsdp 8"), "data 2 x expert 2 x tensor 2"])
 def test_a_step_communicates_what_is_written_down(name):
     assert unexpected(name) == []
 
 
-@pytest.mark.parametrize("name", ["tensor 4 x fsdp 2", "context 2 x fsdp 2 x tensor 2"])
+@pytest.mark.parametrize("name", [slowly("tensor 4 x fsdp 2"), "context 2 x fsdp 2 x tensor 2"])
 def test_a_step_communicates_what_is_written_down_and_replicates_nothing(name, capfd):
     assert unexpected(name, compile_anew) == []
     assert REMATERIALISES not in capfd.readouterr().err
@@ -115,6 +115,7 @@ def test_planted_merge_of_two_sharded_axes_is_seen(monkeypatch):
     assert [told for told in unexpected("context 2 x fsdp 2 x tensor 2") if "all-to-all" in told]
 
 
+@pytest.mark.slow
 def test_planted_gather_of_weights_over_tensor_is_seen(monkeypatch):
     def whole_and_back(weight: Weight, cfg: ModelConfig) -> Array:
         value = stored(weight, cfg)
@@ -168,11 +169,12 @@ def programs_compiled(wrap: Callable[[Step], Step], mesh: dict[str, int], donate
     return step._cache_size()  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
 
 
-@pytest.mark.parametrize("name", ["fsdp 8", "data 2 x expert 2 x tensor 2"])
+@pytest.mark.parametrize("name", [slowly("fsdp 8"), "data 2 x expert 2 x tensor 2"])
 def test_a_step_is_compiled_once_and_moves_nothing_between_host_and_devices(name):
     assert programs_compiled(lambda step: step, MESHES[name][0]) == 1
 
 
+@pytest.mark.slow
 def test_planted_change_of_the_states_sharding_is_compiled_twice():
     def drifting(step: Step) -> Step:
         def drift(state: TrainState, rows_ABU: Array) -> tuple[TrainState, dict[str, Array]]:

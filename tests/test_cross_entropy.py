@@ -1,5 +1,8 @@
 """The fused, chunked, vocabulary-parallel cross-entropy is the one that a textbook writes down, gradient included."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,8 +136,15 @@ def scores(
     devices = mesh_of(**mesh)
     with jax.set_mesh(devices):
         placed = put_head(cfg, devices, head, np.zeros(len(head), np.float32) if bias is None else bias)
-        function = jax.jit(lambda x, head, targets: token_scores(x, head, targets, cfg), compiler_options=QUICKLY)
-        return jax.device_get(function(put(x, "BTD", devices), placed, put(targets, "BT", devices)))
+        arguments = put(x, "BTD", devices), placed, put(targets, "BT", devices)
+        return jax.device_get(scoring(cfg.model_dump_json())(*arguments))
+
+
+@functools.cache
+def scoring(json: str) -> Callable[[Array, Head, Array], tuple[Array, Array]]:
+    """token_scores for a config as JSON, compiled once a mesh."""
+    cfg = ModelConfig.model_validate_json(json)
+    return jax.jit(lambda x, head, targets: token_scores(x, head, targets, cfg), compiler_options=QUICKLY)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -23,7 +23,7 @@ from llm_jax.mesh import acts
 from tests import data_texts
 from tests.conftest import LaunchProcesses, Start
 from tests.data_texts import BPE, VOCAB
-from tests.small import mesh_of
+from tests.small import mesh_of, slowly
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +295,9 @@ def test_a_stream_left_open_does_not_keep_a_process_alive(prepared: Prepared, st
     assert (done.returncode, done.stdout) == (0, "left\n"), done.stderr
 
 
-@pytest.mark.parametrize(("sizes", "read"), [({"data": 8}, 8), ({"tensor": 8}, 16), ({"data": 2, "tensor": 4}, 8)])
+@pytest.mark.parametrize(
+    ("sizes", "read"), [slowly({"data": 8}, 8), slowly({"tensor": 8}, 16), ({"data": 2, "tensor": 4}, 8)]
+)
 def test_two_processes_hold_the_batch_of_one_and_read_what_they_hold(
     sizes: dict[str, int], read: int, prepared: Prepared, rows: Rows, launch_processes: LaunchProcesses
 ) -> None:

@@ -231,6 +231,7 @@ def test_text_and_rows_in_several_shards_are_the_same(
     np.testing.assert_array_equal(rows[np.arange(50)], open_rows(prepared, "train", 3)[np.arange(50)])
 
 
+@pytest.mark.slow
 def test_the_standard_library_end_to_end(tmp_path: Path) -> None:
     data = DataConfig(dir=str(tmp_path))
     made = quietly(data, vocab=2048)
@@ -299,7 +300,13 @@ def is_whole(root: Path, stage: str) -> bool:
     return any((path / "info.json").exists() for path in root.glob(f"*/{stage}") if path.suffix != store.PARTIAL)
 
 
-@pytest.mark.parametrize("kill", KILLS)
+# One of each stage's work every day.
+OFTEN = ("writing text", "tokenizer almost there", "writing rows")
+
+
+@pytest.mark.parametrize(
+    "kill", [pytest.param(kill, marks=[] if kill in OFTEN else pytest.mark.slow) for kill in KILLS]
+)
 def test_a_killed_preparation_goes_on(
     kill: str, prepared: Prepared, folder: Path, tmp_path: Path, start: Start
 ) -> None:
@@ -325,7 +332,7 @@ stages.{stage} = full
 """
 
 
-@pytest.mark.parametrize("limit", [1000, 5000])
+@pytest.mark.parametrize("limit", [pytest.param(1000, marks=pytest.mark.slow), 5000])
 @pytest.mark.parametrize(("stage", "finished"), [("write_text", 0), ("write_tokenizer", 1), ("write_rows", 2)])
 def test_a_full_disk_is_one_line_and_leaves_nothing_half(
     stage: str, finished: int, limit: int, prepared: Prepared, folder: Path, tmp_path: Path, start: Start

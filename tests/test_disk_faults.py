@@ -31,7 +31,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 def program(planted: str = "") -> list[str]:
-    """`llm-jax`, a tenth of a second slower at each update, so that a disk fails long before the last; with defects."""
+    """`llm-jax`, a fifth of a second slower at each update, so that a disk fails long before the last; with defects."""
     return ["-c", SLOWLY.format(planted=planted)]
 
 
@@ -41,7 +41,7 @@ from llm_jax import durable
 from llm_jax.train.metrics import Log
 write = Log.write
 def slowly(self, line):
-    time.sleep(0.1)
+    time.sleep(0.2)
     write(self, line)
 Log.write = slowly
 {planted}
@@ -90,7 +90,7 @@ def fail_in_mid_run(disk: Disk, start: Start, fault: str, *overrides: str, plant
         pytest.param("full", (), marks=pytest.mark.slow),
         # No checkpoint is due: what fails is the log.
         ("full", ("checkpoint.every=100", "checkpoint.minutes=null")),
-        ("read-only", ()),
+        pytest.param("read-only", (), marks=pytest.mark.slow),
         pytest.param("without power", (), marks=pytest.mark.slow),
     ],
 )
@@ -121,6 +121,7 @@ def test_a_checkpoint_before_its_lines_is_seen_by_the_comparison(disk: Disk, sta
         assert_same_history(seen, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_gone_is_code_74_and_not_made_anew(
     uninterrupted: Path, start: Start, tmp_path: Path
 ) -> None:

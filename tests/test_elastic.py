@@ -14,7 +14,7 @@ from tests.training import assert_close, has_lines, lines, newest, train, wait_f
 
 STEPS = 24
 WISHES = (f"train.steps={STEPS}", "checkpoint.every=6", "checkpoint.keep=9")
-MESH = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+MESH = ("mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2")
 
 
 def begin(start: Start, n: int, devices: int, run_dir: Path, mesh: Sequence[str]) -> list[Running]:
@@ -32,12 +32,12 @@ def to_the_end(job: list[Running]) -> None:
 
 @pytest.mark.slow
 def test_saved_by_four_processes_and_continued_by_other_numbers(start: Start, tmp_path: Path) -> None:
-    """4 x 2 devices, asked to stop in mid-run; 2 x 4 go on, 1 x 8 on another mesh, and one device alone."""
+    """4 x 1 devices, asked to stop in mid-run; 2 x 2 go on, 1 x 4 on another mesh, and one device alone."""
     uninterrupted, stopped = tmp_path / "uninterrupted", tmp_path / "stopped"
-    to_the_end(begin(start, 1, 8, uninterrupted, MESH))
+    to_the_end(begin(start, 1, 4, uninterrupted, MESH))
     assert len({line["batch_hash"] for line in lines(uninterrupted)}) == STEPS
 
-    job = begin(start, 4, 2, stopped, MESH)
+    job = begin(start, 4, 1, stopped, MESH)
     wait_for(functools.partial(has_lines, stopped, 2), job[0])
     job[-1].process.send_signal(signal.SIGTERM)
     for running in job:
@@ -46,8 +46,8 @@ def test_saved_by_four_processes_and_continued_by_other_numbers(start: Start, tm
     assert newest(stopped) == len(lines(stopped)) < STEPS
 
     for name, n, devices, mesh in (
-        ("two", 2, 4, MESH),
-        ("one", 1, 8, ("mesh.data=1", "mesh.fsdp=8")),
+        ("two", 2, 2, MESH),
+        ("one", 1, 4, ("mesh.data=1", "mesh.fsdp=4")),
         ("alone", 1, 1, ()),
     ):
         run_dir = tmp_path / name

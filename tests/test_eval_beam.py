@@ -21,6 +21,7 @@ from tests.small import QUICKLY, mesh_of, put_weights, weights_of
 CFG = SMALL.model_copy(update={"logit_soft_cap": None})
 SEQ_LEN, N = 32, 10
 WIDE = Searching(beams=3, length_penalty=0.6, max_tokens=N)
+LONG = WIDE._replace(length_penalty=2.0)
 ONE = Searching(beams=1, length_penalty=0.0, max_tokens=N)
 
 
@@ -53,10 +54,12 @@ def finder_on(searching: Searching, sizes: tuple[tuple[str, int], ...]) -> Finde
         return make_finder(cfg, SEQ_LEN, searching)
 
 
-def found(prompts: list[Prompt], searching: Searching, **sizes: int) -> list[list[Text]]:
+@functools.cache
+def found(searching: Searching, rows: range = range(5), **sizes: int) -> list[list[Text]]:
+    """The best texts of these of the prompts."""
     placed, _, mesh = on(tuple(sizes.items()))
     with jax.set_mesh(mesh):
-        *_, texts = search(finder_on(searching, tuple(sizes.items())), placed, prompts)
+        *_, texts = search(finder_on(searching, tuple(sizes.items())), placed, [prompts()[row] for row in rows])
     return texts
 
 
@@ -123,19 +126,19 @@ def same(texts: list[Text], expected: list[Text]) -> None:
             assert (one.ids, one.ended) == (other.ids, other.ended)
 
 
-def test_it_finds_what_a_plain_search_finds_and_some_texts_end() -> None:
-    for searching in (WIDE, WIDE._replace(length_penalty=2.0)):
-        texts = found(prompts(), searching)
-        for prompt, best in zip(prompts(), texts, strict=True):
-            assert len(best) == searching.beams
-            same(best, plain_search(prompt, searching))
-        kinds = {text.ended for best in texts for text in best}
-        assert kinds == {True, False}, "choose other weights: all texts end, or none does"
+@pytest.mark.parametrize("searching", [WIDE, pytest.param(LONG, marks=pytest.mark.slow)])
+def test_it_finds_what_a_plain_search_finds_and_some_texts_end(searching: Searching) -> None:
+    texts = found(searching)
+    for prompt, best in zip(prompts(), texts, strict=True):
+        assert len(best) == searching.beams
+        same(best, plain_search(prompt, searching))
+    kinds = {text.ended for best in texts for text in best}
+    assert kinds == {True, False}, "choose other weights: all texts end, or none does"
 
 
 def test_likelihoods_are_teacher_forced_sums() -> None:
     """An end may be spelled by two tokens."""
-    for prompt, best in zip(prompts(), found(prompts(), WIDE), strict=True):
+    for prompt, best in zip(prompts(), found(WIDE), strict=True):
         for text in best:
             ids = [*prompt.ids]
             nats = 0.0
@@ -148,24 +151,40 @@ def test_likelihoods_are_teacher_forced_sums() -> None:
             assert math.isclose(text.score, text.log_likelihood / ((5 + n) / 6) ** 0.6, rel_tol=1e-5)
 
 
-def test_one_beam_is_greedy() -> None:
+@pytest.mark.slow
+def test_one_beam_is_greedy_decoding() -> None:
     placed, cfg, mesh = on(())
     with jax.set_mesh(mesh):
         decoder = make_decoder(cfg, SEQ_LEN, Sampling(max_tokens=N, temperature=0.0))
         pieces = list(decoding(decoder, placed, prompts()))
-    for best, parts in zip(found(prompts(), ONE), zip(*pieces, strict=True), strict=True):
+    for best, parts in zip(found(ONE), zip(*pieces, strict=True), strict=True):
         (text,) = best
         assert text.ids == [i for piece in parts for i in piece.ids]
         assert text.ended == parts[-1].ended
         assert math.isclose(text.log_likelihood, sum(nats for piece in parts for nats in piece.nats), rel_tol=1e-4)
 
 
+def test_one_beam_takes_the_likeliest_token_each_time() -> None:
+    for prompt, (text,) in zip(prompts(), found(ONE), strict=True):
+        ids, total, ended = list(prompt.ids), 0.0, False
+        while not ended and len(ids) < len(prompt.ids) + N:
+            nats_V = next_nats(tuple(ids))
+            ids.append(int(nats_V.argmax()))
+            total, ended = total + nats_V.max(), ids[-1] in (EOS_ID, BOS_ID)
+        assert (text.ids, text.ended) == (ids[len(prompt.ids) : len(ids) - ended], ended)
+        assert math.isclose(text.log_likelihood, total, rel_tol=1e-4)
+
+
 def test_neither_mesh_nor_batch_changes_what_is_found() -> None:
-    expected = found(prompts(), WIDE)
-    for best, on_one_device in zip(found(prompts(), WIDE, fsdp=2, tensor=2), expected, strict=True):
+    """Three of the five prompts on a mesh, with a row to fill it up."""
+    for best, on_one_device in zip(found(WIDE, range(1, 4), fsdp=2, tensor=2), found(WIDE)[1:4], strict=True):
         same(best, on_one_device)
-    (alone,) = found(prompts()[1:2], WIDE)
-    same(alone, expected[1])
+
+
+@pytest.mark.slow
+def test_a_batch_changes_nothing() -> None:
+    (alone,) = found(WIDE, range(1, 2))
+    same(alone, found(WIDE)[1])
 
 
 def test_more_beams_than_the_vocabulary_has_candidates_for_are_refused() -> None:

@@ -88,18 +88,28 @@ def test_a_bigram_models_answers_are_sums_over_its_table():
     assert answers[0] == Likelihood(0.0, True, 0)
 
 
-def test_neither_batch_nor_order_nor_mesh_matters():
-    weights, pairs = weights_of(SEEING), some_pairs()
+def seen(pairs, batch_rows, **sizes):
+    return asked(weights_of(SEEING), pairs, SEEING, seq_len=SHORT, batch_rows=batch_rows, **sizes)
 
-    def answers(pairs, batch_rows, **sizes):
-        return asked(weights, pairs, SEEING, seq_len=SHORT, batch_rows=batch_rows, **sizes)
 
-    alone = [answers([pair], 1)[0] for pair in pairs]
-    assert_alike(answers(pairs, 8), alone)
+@functools.cache
+def each_alone():
+    return [seen([pair], 1)[0] for pair in some_pairs()]
+
+
+def test_neither_batch_nor_order_matters():
+    alone, pairs = each_alone(), some_pairs()
+    assert_alike(seen(pairs, 8), alone)
     order = random.Random(0).sample(range(len(pairs)), len(pairs))
-    assert_alike(answers([pairs[n] for n in order], 8), [alone[n] for n in order])
-    for sizes, batch_rows in ({"fsdp": 8}, 8), ({"tensor": 2, "data": 2, "context": 2}, 2):
-        assert_alike(answers(pairs, batch_rows, **sizes), alone)
+    assert_alike(seen([pairs[n] for n in order], 8), [alone[n] for n in order])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_rows"),
+    [({"tensor": 2, "data": 2, "context": 2}, 2), pytest.param({"fsdp": 8}, 8, marks=pytest.mark.slow)],
+)
+def test_no_mesh_matters(sizes, batch_rows):
+    assert_alike(seen(some_pairs(), batch_rows, **sizes), each_alone())
 
 
 def test_neighbours_that_are_seen_are_noticed(monkeypatch):

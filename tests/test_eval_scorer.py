@@ -19,7 +19,7 @@ from llm_jax.eval.perplexity import HeldOut, NotFinite, compressed, held_out_of,
 from llm_jax.eval.scorer import make_score
 from llm_jax.model.transformer import abstract_model, logits
 from tests.small import CFG as SMALL
-from tests.small import mesh_of, put_weights, weights_of
+from tests.small import QUICKLY, mesh_of, put_weights, weights_of
 
 # So few pieces that some first guesses are right.
 CFG = SMALL.model_copy(update={"vocab_size": 20})
@@ -50,7 +50,7 @@ def forward():
     with jax.set_mesh(mesh_of()):
         graph = abstract_model(CFG).graph
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def all_logits(params, tokens_BT):
         positions_BT = jnp.broadcast_to(jnp.arange(T)[None], tokens_BT.shape)
         model = nnx.merge(graph, params, {})
@@ -108,19 +108,27 @@ def test_a_longer_document_scores_as_its_windows_one_by_one(stride):
     assert sums.nll == pytest.approx(nll, rel=1e-5)
 
 
-def test_neither_batch_nor_mesh_matters():
-    weights = weights_of(CFG)
-    alone = score_all(weights, documents(), mesh=mesh_of(), batch_rows=1)
-    assert alone.tokens == sum(LENGTHS) and alone.correct > 0
-    for sizes, batch_rows in (
-        ({}, 16),
-        ({"fsdp": 8}, 8),
-        ({"tensor": 4, "data": 2}, 4),
+@functools.cache
+def one_row_at_a_time():
+    return score_all(weights_of(CFG), documents(), mesh=mesh_of(), batch_rows=1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_rows"),
+    [
+        ({}, 8),
         ({"context": 2, "fsdp": 2, "tensor": 2}, 2),
-    ):
-        sums = score_all(weights, documents(), mesh=mesh_of(**sizes), batch_rows=batch_rows)
-        assert sums.nll == pytest.approx(alone.nll, rel=1e-5), sizes
-        assert sums[1:] == alone[1:], sizes
+        pytest.param({}, 16, marks=pytest.mark.slow),
+        pytest.param({"fsdp": 8}, 8, marks=pytest.mark.slow),
+        pytest.param({"tensor": 4, "data": 2}, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_neither_batch_nor_mesh_matters(sizes, batch_rows):
+    alone = one_row_at_a_time()
+    assert alone.tokens == sum(LENGTHS) and alone.correct > 0
+    sums = score_all(weights_of(CFG), documents(), mesh=mesh_of(**sizes), batch_rows=batch_rows)
+    assert sums.nll == pytest.approx(alone.nll, rel=1e-5)
+    assert sums[1:] == alone[1:]
 
 
 def test_a_shape_is_compiled_once(caplog):

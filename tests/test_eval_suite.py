@@ -41,8 +41,8 @@ UNPARSABLE = [name for name, kind in KINDS.items() if kind.unparsable]
 @pytest.fixture(scope="module", autouse=True)
 def few_pairs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(suite_module, "PAIRS", 30)
-        patch.setattr(suite_module, "MASKED_PAIRS", 30)
+        patch.setattr(suite_module, "PAIRS", 22)
+        patch.setattr(suite_module, "MASKED_PAIRS", 22)
         yield
 
 
@@ -272,7 +272,7 @@ def test_a_masked_model_is_asked_for_the_edited_line_and_the_next_given_those_be
 
 
 def test_the_untrained_model_is_the_one_that_training_began_with():
-    with jax.set_mesh(mesh_of(fsdp=8)):
+    with jax.set_mesh(mesh_of(fsdp=2)):
         begun = jax.jit(lambda: init_state(CFG, AdamWConfig(), 3), compiler_options=QUICKLY)()
         params, balance = untrained(CFG, 3)
     # The programs differ in what else they make, and so in how they round.

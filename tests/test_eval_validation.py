@@ -1,6 +1,7 @@
 """The look at held-out rows during training: exact sums over the first rows, whatever the batch and the mesh."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from flax import nnx
 
 from llm_jax.data.config import BOS_ID, PAD_ID
 from llm_jax.data.loader import Rows
+from llm_jax.eval import validation as validation_module
 from llm_jax.eval.config import EvalConfig
 from llm_jax.eval.figures import Figures
 from llm_jax.eval.scorer import make_score
@@ -67,9 +69,10 @@ def look(mesh, **wanted) -> Figures:
     return figures
 
 
-def by_the_scorer(n_rows):
-    """The same figures from each token's score, added up by numpy."""
-    rows_NU = ROWS_NU[:n_rows]
+@functools.cache
+def scores():
+    """Targets, which of them are scored, and nats and first guesses by the scorer, of all rows."""
+    rows_NU = ROWS_NU
     starts = rows_NU == BOS_ID
     targets = rows_NU[:, 1:]
     scored = (targets != BOS_ID) & (targets != PAD_ID)
@@ -83,7 +86,13 @@ def by_the_scorer(n_rows):
         scored,
     )
     with jax.set_mesh(mesh_of()):
-        nll, correct = make_score(CFG)((put_weights(weights_of(CFG), CFG, mesh_of()), nnx.State({})), asked)
+        told = make_score(CFG)((put_weights(weights_of(CFG), CFG, mesh_of()), nnx.State({})), asked)
+    return targets, scored, *told
+
+
+def by_the_scorer(n_rows):
+    """The same figures from each token's score, added up by numpy."""
+    targets, scored, nll, correct = (of_rows[:n_rows] for of_rows in scores())
     tokens, n_bytes = int(scored.sum()), int(PIECE_BYTES[targets[scored]].sum())
     loss = nll[scored].sum(dtype=np.float64) / tokens
     return {
@@ -98,16 +107,22 @@ def by_the_scorer(n_rows):
 
 @pytest.mark.parametrize("n_rows", [3, 8, 13, 64])
 def test_figures_are_over_the_first_rows_and_the_same_by_the_scorer(n_rows):
-    expected = by_the_scorer(min(n_rows, len(ROWS_NU)))
+    expected = by_the_scorer(n_rows)
     assert look(mesh_of(), rows=n_rows) == expected
 
 
-def test_neither_batch_nor_mesh_matters():
-    expected = by_the_scorer(13)
-    assert look(mesh_of(), rows=13, batch_rows=1) == expected
-    assert look(mesh_of(), rows=13, batch_rows=16) == expected
-    assert look(mesh_of(fsdp=8), rows=13) == expected
-    assert look(mesh_of(context=2, fsdp=2, tensor=2), rows=13, batch_rows=4) == expected
+MESHES = [
+    ({"fsdp": 2}, 16),
+    ({"context": 2, "tensor": 2}, 4),
+    pytest.param({}, 1, marks=pytest.mark.slow),
+    pytest.param({"fsdp": 8}, 8, marks=pytest.mark.slow),
+    pytest.param({"context": 2, "fsdp": 2, "tensor": 2}, 4, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("sizes", "batch_rows"), MESHES)
+def test_neither_batch_nor_mesh_matters(sizes, batch_rows):
+    assert look(mesh_of(**sizes), rows=13, batch_rows=batch_rows) == by_the_scorer(13)
 
 
 def test_attention_across_documents_is_what_the_model_was_trained_with():
@@ -135,19 +150,42 @@ def test_it_is_compiled_once(caplog):
     assert sum("Compiling jit(sums)" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_masks_follow_from_seed_and_row_whatever_the_batch_and_the_mesh():
+@functools.cache
+def hidden_words(seed=0, batch_rows=8, **sizes):
     objective = MlmConfig(unit="word", rate=0.3)
-    whole = look(mesh_of(), rows=13, objective=objective)
+    return look(mesh_of(**sizes), rows=13, batch_rows=batch_rows, objective=objective, seed=seed)
+
+
+@pytest.mark.parametrize(("sizes", "batch_rows"), MESHES[1:])
+def test_masks_follow_from_the_row_whatever_the_batch_and_the_mesh(sizes, batch_rows):
+    whole = hidden_words()
     assert whole["bits_per_byte"] is None and whole["loss"] is not None and whole["perplexity"] is not None
     close = {"loss": pytest.approx(whole["loss"], rel=1e-6), "perplexity": pytest.approx(whole["perplexity"], rel=1e-5)}
-    assert look(mesh_of(), rows=13, batch_rows=1, objective=objective) == whole | close
-    assert look(mesh_of(context=2, fsdp=2, tensor=2), rows=13, batch_rows=4, objective=objective) == whole | close
-    other = look(mesh_of(), rows=13, objective=objective, seed=1)
+    assert hidden_words(batch_rows=batch_rows, **sizes) == whole | close
+
+
+@pytest.mark.slow
+def test_masks_follow_from_the_seed():
+    whole, other = hidden_words(), hidden_words(seed=1)
     assert other["bytes"] != whole["bytes"] and other["loss"] != whole["loss"]
 
 
+MOE = MoeConfig(experts=4, top_k=2, d_ff=8)
+
+
+def test_experts_have_room_for_all(monkeypatch):
+    models = []
+    monkeypatch.setattr(validation_module, "make_row_sums", lambda cfg, *_: models.append(cfg))
+    for capacity_factor in (None, 0.25):
+        moe = MOE.model_copy(update={"capacity_factor": capacity_factor})
+        with jax.set_mesh(mesh_of()):
+            validation(mesh_of(), cfg=CFG.model_copy(update={"period": (LayerConfig(moe=True),), "moe": moe}))
+    free, tight = models
+    assert free == tight and free.moe.capacity_factor is None
+
+
+@pytest.mark.slow
 def test_experts_drop_nothing():
-    moe = MoeConfig(experts=4, top_k=2, d_ff=8)
-    free = CFG.model_copy(update={"period": (LayerConfig(moe=True),), "moe": moe})
-    tight = free.model_copy(update={"moe": moe.model_copy(update={"capacity_factor": 0.25})})
+    free = CFG.model_copy(update={"period": (LayerConfig(moe=True),), "moe": MOE})
+    tight = free.model_copy(update={"moe": MOE.model_copy(update={"capacity_factor": 0.25})})
     assert look(mesh_of(), cfg=tight) == look(mesh_of(), cfg=free)

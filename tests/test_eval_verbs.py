@@ -1,13 +1,16 @@
 """`llm-jax eval` and `llm-jax generate` on a run directory made by hand: what they say, and what they refuse."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import lzma
 import random
 import shutil
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,15 +18,17 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax.__main__ import main
 from llm_jax.checkpoint import CheckpointError, Checkpoints
 from llm_jax.config import ConfigError, tree
 from llm_jax.data.config import BOS_ID, EOS_ID, DataConfig, FilesSource
 from llm_jax.data.errors import DataError
 from llm_jax.data.prepare import Prepared, documents, prepare
 from llm_jax.eval import cli as cli_module
+from llm_jax.eval import evaluation
 from llm_jax.eval.beam import Searching
 from llm_jax.eval.config import EvalConfig
-from llm_jax.eval.evaluation import ResultError, evaluate_checkpoint
+from llm_jax.eval.evaluation import ResultError, evaluate_checkpoint, opened, whole_batch
 from llm_jax.eval.fill_mask import Asked as FillAsked
 from llm_jax.eval.fill_mask import fill_mask
 from llm_jax.eval.generation import Asked, generate_text
@@ -46,7 +51,12 @@ from tests.small import QUICKLY, mesh_of
 MODEL = ModelConfig(d_model=16, d_ff=32, n_layers=2, n_heads=8, n_kv_heads=4, d_head=4, vocab_size=320)
 NAMES = ("step", "loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes")
 REST = ("split", "stride", "pseudo_perplexity", "suite", "tasks", "seen_long_lines")
-SHORT = Sampling(max_tokens=5, temperature=1.0, seed=0)
+# One way of drawing and one of searching, so that their programs are compiled once.
+SHORT = Sampling(max_tokens=20, temperature=1.0, seed=0)
+SEARCH = Searching(beams=3, length_penalty=0.6, max_tokens=20)
+# The quickest; and a mesh that divides rows, positions and heads.
+ALONE = "mesh.data=1"
+DIVIDED = (ALONE, "mesh.context=2", "mesh.tensor=2", "model.attention=xla")
 
 
 class Made(NamedTuple):
@@ -86,6 +96,14 @@ def first_state(seed: int) -> TrainState:
     return init_state(MODEL, AdamWConfig(), seed)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_sample() -> Iterator[None]:
+    """A sample of an evaluation is drawn as the other texts here are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "SAMPLING", SHORT)
+        yield
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     root = tmp_path_factory.mktemp("made")
@@ -109,8 +127,10 @@ def copy(made: Made, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made.run_dir, tmp_path / "run", ignore=shutil.ignore_patterns("eval.jsonl")))
 
 
-def evaluate(run_dir: Path, *overrides: str, step: int | None = None, split="test", as_json=True) -> dict:
-    return evaluate_checkpoint(str(run_dir), step, overrides, split=split, as_json=as_json)
+def evaluate(
+    run_dir: Path, *overrides: str, step: int | None = None, split="test", as_json=True, tasks: Sequence[str] = ()
+) -> dict:
+    return evaluate_checkpoint(str(run_dir), step, overrides, split=split, as_json=as_json, tasks=tasks)
 
 
 def meta_of(run_dir: Path) -> dict:
@@ -126,7 +146,7 @@ def raw_text(made: Made, split: str) -> bytes:
 
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_json_is_one_object_with_every_byte_of_the_held_out_text(made, split, capsys):
-    evaluate(made.run_dir, split=split)
+    evaluate(made.run_dir, ALONE, split=split)
     out, err = capsys.readouterr()
     told = json.loads(out)
     raw = raw_text(made, split)
@@ -138,12 +158,21 @@ def test_json_is_one_object_with_every_byte_of_the_held_out_text(made, split, ca
     assert told["bits_per_byte"] == pytest.approx(told["loss"] * told["tokens"] / np.log(2) / len(raw))
     assert told["perplexity"] == pytest.approx(np.exp(told["loss"]))
     assert told["seen_long_lines"] == (made.prepared.text_info["leaked_share"] if split == "test" else None)
-    (line,) = err.splitlines()
+    assert err.splitlines() == [
+        "the mesh takes 1 of 8 devices",
+        f"checkpoint 20 of {made.run_dir} on one device, attention chunked, compute dtype float32",
+    ]
+
+
+def test_without_a_word_on_the_mesh_all_devices_divide_the_weights(made, capsys):
+    with opened(str(made.run_dir), None, []) as (_, _, mesh):
+        assert mesh.shape["fsdp"] == mesh.size == 8
+    (line,) = capsys.readouterr().err.splitlines()
     assert line == f"checkpoint 20 of {made.run_dir} on fsdp 8, attention chunked, compute dtype float32"
 
 
 def test_the_table_and_a_sample_are_for_people_and_a_line_is_for_the_report(copy, capsys):
-    result = evaluate(copy, as_json=False, step=10)
+    result = evaluate(copy, ALONE, as_json=False, step=10)
     out = capsys.readouterr().out
     (record,) = map(json.loads, (copy / "eval.jsonl").read_text().splitlines())
     assert {name: record[name] for name in result} == result and result["step"] == 10
@@ -152,7 +181,7 @@ def test_the_table_and_a_sample_are_for_people_and_a_line_is_for_the_report(copy
     for value in (f"{result['bits_per_byte']:.3f}", f"{result['loss']:.4f}", f"{result['bytes']:,}"):
         assert value in out
     assert record["sample"]["prompt"] + record["sample"]["text"] in out
-    evaluate(copy, as_json=False)
+    evaluate(copy, ALONE, as_json=False)
     assert [json.loads(line)["step"] for line in (copy / "eval.jsonl").read_text().splitlines()] == [10, 20]
 
 
@@ -166,10 +195,8 @@ TASKS: dict[str, tuple[str, list[dict[str, object]]]] = {
 }
 
 
-@pytest.fixture
-def tasks(tmp_path: Path) -> Path:
-    """A folder with a task of every kind that a causal model can do."""
-    folder = tmp_path / "tasks"
+def write_tasks(folder: Path) -> Path:
+    """A task of every kind that a causal model can do."""
     folder.mkdir()
     for name, (text, records) in TASKS.items():
         (folder / f"{name}.yaml").write_text(f"data: {name}.jsonl\n{text}\n")
@@ -177,26 +204,39 @@ def tasks(tmp_path: Path) -> Path:
     return folder
 
 
-def test_tasks_of_one_s_own_are_in_the_table_in_the_json_and_in_the_record(copy, tasks, capsys):
-    where = (str(copy), None, ())
-    result = evaluate_checkpoint(*where, split="test", as_json=False, tasks=[str(tasks)])
-    assert result is not None and list(result["tasks"]) == list(TASKS)
-    out = capsys.readouterr().out
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    return write_tasks(tmp_path / "tasks")
+
+
+class Scored(NamedTuple):
+    """What an evaluation of the newest checkpoint on one device has left: with tasks, in batches of 3 rows."""
+
+    tasks: Path
+    result: dict
+    out: str
+    err: str
+    record: dict
+
+
+@pytest.fixture(scope="module")
+def scored(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+    folder = write_tasks(tmp_path_factory.mktemp("scored") / "tasks")
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        result = evaluate(made.run_dir, ALONE, "eval.batch_rows=3", as_json=False, tasks=[str(folder)])
+    record = json.loads((made.run_dir / "eval.jsonl").read_text().splitlines()[-1])
+    return Scored(folder, result, out.getvalue(), err.getvalue(), record)
+
+
+def test_tasks_of_one_s_own_are_in_the_table_in_the_json_and_in_the_record(scored):
+    result, out = scored.result, scored.out
+    assert list(result["tasks"]) == list(TASKS)
     assert "no default suite: it is made of held-out Python" in out and result["suite"]["kinds"] == {}
     for name, told in result["tasks"].items():
         assert name in out and told["n"] == len(TASKS[name][1])
         assert all(figure["low"] <= figure["value"] <= figure["high"] for figure in told["metrics"].values())
-    (record,) = map(json.loads, (copy / "eval.jsonl").read_text().splitlines())
-    assert record["tasks"] == result["tasks"]
+    assert scored.record["tasks"] == result["tasks"]
     assert result["tasks"]["said"]["metrics"]["exact_match"]["value"] == 0
-    # Another mesh, in order of another folder: the same figures.
-    again = evaluate_checkpoint(
-        str(copy), None, ["mesh.tensor=4"], split="test", as_json=True, tasks=[str(tasks / f"{n}.yaml") for n in TASKS]
-    )
-    assert again is not None
-    for name, told in result["tasks"].items():
-        for metric, figure in told["metrics"].items():
-            assert again["tasks"][name]["metrics"][metric]["value"] == pytest.approx(figure["value"], rel=1e-4), metric
 
 
 def test_a_task_s_mistake_is_told_before_anything_is_scored(copy, tasks):
@@ -210,32 +250,64 @@ def test_a_task_s_mistake_is_told_before_anything_is_scored(copy, tasks):
     assert not (copy / "eval.jsonl").exists()
 
 
-def test_neither_mesh_nor_batch_matters_to_a_figure(made, capsys):
-    expected = evaluate(made.run_dir, "mesh.data=1", "eval.batch_rows=3")
-    assert "the mesh takes 1 of 8 devices" in capsys.readouterr().err
-    for overrides in (["mesh.tensor=4"], ["mesh.context=2", "mesh.tensor=2", "mesh.fsdp=2", "model.attention=xla"]):
-        result = evaluate(made.run_dir, *overrides)
-        assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5), overrides
-        assert result["accuracy"] == pytest.approx(expected["accuracy"], abs=2 / expected["tokens"]), overrides
-        assert (result["tokens"], result["bytes"]) == (expected["tokens"], expected["bytes"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param((*DIVIDED, "eval.batch_rows=5"), id="divided"),
+        pytest.param((), id="fsdp", marks=pytest.mark.slow),
+        pytest.param(("mesh.tensor=4",), id="tensor", marks=pytest.mark.slow),
+        pytest.param(
+            ("mesh.context=2", "mesh.tensor=2", "mesh.fsdp=2", "model.attention=xla"),
+            id="all axes",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("mesh.fsdp=2", "mesh.data=3", "eval.batch_rows=5"), id="six devices", marks=pytest.mark.slow),
+    ],
+)
+def test_neither_mesh_nor_batch_matters_to_a_figure(made, scored, overrides):
+    """Nor does the order of the tasks."""
+    expected = scored.result
+    assert "the mesh takes 1 of 8 devices" in scored.err
+    one_by_one = [str(scored.tasks / f"{name}.yaml") for name in TASKS]
+    result = evaluate(made.run_dir, *overrides, tasks=one_by_one)
+    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert result["accuracy"] == pytest.approx(expected["accuracy"], abs=2 / expected["tokens"])
+    assert (result["tokens"], result["bytes"]) == (expected["tokens"], expected["bytes"])
+    for name, told in expected["tasks"].items():
+        for metric, figure in told["metrics"].items():
+            assert result["tasks"][name]["metrics"][metric]["value"] == pytest.approx(figure["value"], rel=1e-4), metric
 
 
 def test_a_shorter_stride_gives_more_context_and_scores_the_same_bytes(made):
-    short, long = evaluate(made.run_dir, "eval.stride=4"), evaluate(made.run_dir, "eval.stride=32")
+    short, long = (evaluate(made.run_dir, ALONE, f"eval.stride={stride}") for stride in (4, 32))
     assert short["stride"] == 4 and long["stride"] == 32
     assert short["bytes"] == long["bytes"] and short["tokens"] == long["tokens"]
     assert short["loss"] != long["loss"]
 
 
+# What a process imports of training, on its last line.
+PROGRAM = (
+    "import sys; from llm_jax.__main__ import main; code = main(sys.argv[1:]); "
+    "print([m for m in sorted(sys.modules) if m.startswith(('llm_jax.train.', 'llm_jax.optim.')) "
+    "and not m.endswith('.config')], file=sys.stderr); sys.exit(code)"
+)
+
+
+def test_a_process_knows_no_training_and_says_the_same(made, start: Start):
+    done = start("-c", PROGRAM, "eval", str(made.run_dir), "--step", "10", "--json").wait()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+    (line,) = done.stdout.splitlines()
+    told, here = json.loads(line), evaluate(made.run_dir, ALONE, step=10)
+    for name, value in here.items():
+        assert told[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), name
+
+
+@pytest.mark.slow
 def test_as_processes_it_knows_no_training_and_several_agree(
     made, tasks, start: Start, launch_processes: LaunchProcesses
 ):
-    program = (
-        "import sys; from llm_jax.__main__ import main; code = main(sys.argv[1:]); "
-        "print([m for m in sorted(sys.modules) if m.startswith(('llm_jax.train.', 'llm_jax.optim.')) "
-        "and not m.endswith('.config')], file=sys.stderr); sys.exit(code)"
-    )
-    arguments = ["-c", program, "eval", str(made.run_dir), "--step", "10", "--json", "--tasks", str(tasks)]
+    arguments = ["-c", PROGRAM, "eval", str(made.run_dir), "--step", "10", "--json", "--tasks", str(tasks)]
     alone = start(*arguments, devices=1).wait()
     assert alone.returncode == 0, alone.stderr
     assert alone.stderr.splitlines()[-1] == "[]"
@@ -270,7 +342,7 @@ def test_checkpoints_are_only_read_even_damaged_ones(copy, capsys):
     victim = next(path for path in (copy / "checkpoints" / "20").rglob("*") if path.parent.name == "d")
     victim.write_bytes(victim.read_bytes()[:-1])
     before = digests(copy / "checkpoints")
-    assert evaluate(copy)["step"] == 10
+    assert evaluate(copy, ALONE)["step"] == 10
     err = capsys.readouterr().err
     assert "20 is damaged" in err and "the one before is used" in err
     with pytest.raises(CheckpointError, match=rf"checkpoints/20 .*{victim.name}"):
@@ -285,13 +357,13 @@ def test_when_every_checkpoint_is_damaged_it_says_so(copy):
         evaluate(copy)
 
 
-def test_weights_alone_are_restored_whatever_the_optimizer_kept(made, copy):
+def test_weights_alone_are_restored_whatever_the_optimizer_kept(copy, scored):
     with jax.set_mesh(mesh_of(fsdp=8)):
         state = first_state(20)
         odd = dataclasses.replace(state, opt_state={"odd": state.step})
         save(copy, 30, odd, meta_of(copy))
-    here, there = evaluate(copy), evaluate(made.run_dir)
-    assert here["step"] == 30 and here["loss"] == there["loss"]
+    here = evaluate(copy, ALONE, "eval.batch_rows=3")
+    assert here["step"] == 30 and here["loss"] == scored.result["loss"]
 
 
 def test_restored_weights_are_the_saved_ones_bit_for_bit_on_any_mesh(made):
@@ -321,7 +393,7 @@ def test_what_another_version_wrote_is_refused_in_words(made, copy):
     rewrite(copy, run=newer)
     with pytest.raises(Refused, match=r"was written by another version of llm_jax:\n  model\.n_hats: no such field"):
         evaluate(copy)
-    assert evaluate(copy, step=20)["step"] == 20
+    assert evaluate(copy, ALONE, step=20)["step"] == 20
 
 
 def test_a_tokenizer_that_the_weights_do_not_know_is_refused(made, copy, tmp_path):
@@ -398,24 +470,26 @@ def test_attention_is_settled_for_the_machine_that_evaluates():
 
 
 def test_a_batch_is_rounded_up_to_the_devices(made):
-    assert evaluate(made.run_dir, "mesh.fsdp=2", "mesh.data=3", "eval.batch_rows=5")["bytes"] > 0
+    for rows, whole in ((5, 6), (6, 6), (1, 6), (7, 12)):
+        run = made.run.model_copy(update={"eval": EvalConfig(batch_rows=rows)})
+        assert whole_batch(run, mesh_of(fsdp=2, data=3)) == whole
 
 
 def test_a_result_that_cannot_be_written_is_told_after_it_was_printed(copy, capsys):
     (copy / "eval.jsonl").mkdir()
     with pytest.raises(ResultError, match=r"the result cannot be added to \S+eval\.jsonl: Is a directory") as caught:
-        evaluate(copy)
+        evaluate(copy, ALONE)
     assert caught.value.exit_code == 74
     assert json.loads(capsys.readouterr().out)["step"] == 20
 
 
 def test_generate_prints_the_prompt_and_what_follows(made, capsys):
-    generate_text(str(made.run_dir), None, [], Asked(["ab"], SHORT))
+    generate_text(str(made.run_dir), None, [ALONE], Asked(["ab"], SHORT))
     first = capsys.readouterr().out
-    generate_text(str(made.run_dir), None, ["mesh.tensor=4"], Asked(["ab"], SHORT))
+    generate_text(str(made.run_dir), None, DIVIDED, Asked(["ab"], SHORT))
     assert first == capsys.readouterr().out
     assert first.startswith("ab") and first.endswith("\n") and len(first) > 3
-    generate_text(str(made.run_dir), 10, [], Asked(["ab", "cd"], SHORT))
+    generate_text(str(made.run_dir), 10, [ALONE], Asked(["ab", "cd"], SHORT))
     several = capsys.readouterr().out
     assert several.startswith("[1/2] ab") and "\n[2/2] cd" in several
 
@@ -428,57 +502,57 @@ def texts_of(made: Made, capsys: pytest.CaptureFixture[str], asked: Asked, *over
 def test_json_has_a_line_for_each_text_whatever_shares_a_batch(made, capsys):
     """Ids say the text, and the likelihood is the scorer's; a prompt longer than a row is told."""
     long = "abc def " * 40
-    asked = Asked(["ab", "", long], dataclasses.replace(SHORT, max_tokens=9), samples=2)
-    told = texts_of(made, capsys, asked, "mesh.tensor=4", "eval.batch_rows=4")
-    assert [text["prompt"] for text in told] == ["ab", "ab", "", "", long, long]
+    asked = Asked(["ab", "", long], SHORT, samples=3)
+    told = texts_of(made, capsys, asked, *DIVIDED, "eval.batch_rows=2")
+    assert [text["prompt"] for text in told] == ["ab"] * 3 + [""] * 3 + [long] * 3
     assert told[0]["text"] != told[1]["text"]
     tokenizer = made.prepared.tokenizer
     for text in told:
         assert tuple(text) == ("prompt", "text", "ids", "log_likelihood", "ended")
         assert tokenizer.decode(text["ids"]) == text["text"] and text["ended"] in ("length", "document")
-        assert -9 * 10 < text["log_likelihood"] < -9
-    alone = texts_of(made, capsys, asked, "mesh.data=1", "eval.batch_rows=1")
+        n = len(text["ids"]) + (text["ended"] == "document")
+        assert -10 * n < text["log_likelihood"] < -n
+    alone = texts_of(made, capsys, asked, ALONE, "eval.batch_rows=1")
     for text, other in zip(told, alone, strict=True):
         assert text.pop("log_likelihood") == pytest.approx(other.pop("log_likelihood"), abs=1e-3)
     assert told == alone
-    generate_text(str(made.run_dir), None, ["mesh.data=1"], Asked([long], SHORT))
+    generate_text(str(made.run_dir), None, [ALONE], Asked([long], SHORT))
     assert capsys.readouterr().err.splitlines()[-1].endswith("tokens; the model sees the last 32")
 
 
 def test_the_likelihood_of_a_text_is_the_scorers(made, capsys):
-    (text,) = texts_of(made, capsys, Asked(["ab"], SHORT), "mesh.data=1")
+    (text,) = texts_of(made, capsys, Asked(["ab"], SHORT), ALONE)
     found = find(made.run_dir)
-    run, sizes = adapt(found.run, ["mesh.data=1"], 8, "cpu")
+    run, sizes = adapt(found.run, [ALONE], 8, "cpu")
     mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):
         score, weights = make_score(run.model), restore_weights(found, run.model, mesh)
         context = [BOS_ID, *found.tokenizer.encode("ab").tolist()]
         end = [EOS_ID] if text["ended"] == "document" else []
-        (scored,) = log_likelihoods(score, weights, [Pair(context, text["ids"] + end)], seq_len=32, batch_rows=1)
+        (scored,) = log_likelihoods(score, weights, [Pair(context, text["ids"] + end)], seq_len=32, batch_rows=3)
     assert scored.log_likelihood == pytest.approx(text["log_likelihood"], abs=1e-3)
 
 
 def test_a_stop_string_ends_a_text_and_its_ids(made, capsys):
-    sampling = dataclasses.replace(SHORT, max_tokens=20)
-    (whole,) = texts_of(made, capsys, Asked(["ab"], sampling), "mesh.data=1")
+    (whole,) = texts_of(made, capsys, Asked(["ab"], SHORT), ALONE)
     stop = whole["text"][3:5]
-    (cut,) = texts_of(made, capsys, Asked(["ab"], sampling, stops=[stop]), "mesh.data=1")
+    (cut,) = texts_of(made, capsys, Asked(["ab"], SHORT, stops=[stop]), ALONE)
     assert cut["text"] == whole["text"][: whole["text"].index(stop)] and cut["ended"] == "stop"
     assert cut["ids"] == whole["ids"][: len(cut["ids"])] and len(cut["ids"]) < len(whole["ids"])
     assert cut["log_likelihood"] > whole["log_likelihood"]
-    generate_text(str(made.run_dir), None, ["mesh.data=1"], Asked(["ab"], sampling, stops=[stop]))
+    generate_text(str(made.run_dir), None, [ALONE], Asked(["ab"], SHORT, stops=[stop]))
     assert capsys.readouterr().out == "ab" + cut["text"] + "\n"
 
 
 def test_beams_give_the_best_texts_and_their_scores(made, capsys):
-    told = texts_of(made, capsys, Asked(["ab", "c"], Searching(3, 0.6, 4), samples=2), "mesh.data=1")
+    told = texts_of(made, capsys, Asked(["ab", "c"], SEARCH, samples=2), ALONE)
     assert [text["prompt"] for text in told] == ["ab", "ab", "c", "c"]
     assert told[0]["score"] >= told[1]["score"] and told[0]["score"] > told[0]["log_likelihood"]
 
 
 def test_generation_stops_between_chunks(made, capsys):
-    for asked in (Asked(["ab"], SHORT), Asked(["ab", "c"], SHORT), Asked(["ab"], Searching(2, 0.6, 40))):
-        generate_text(str(made.run_dir), None, ["mesh.data=1"], asked, stop=lambda: True)
+    for asked in (Asked(["ab"], SHORT), Asked(["ab", "c"], SHORT), Asked(["ab", "c"], SEARCH)):
+        generate_text(str(made.run_dir), None, [ALONE], asked, stop=lambda: True)
         assert len(capsys.readouterr().out) < 30
 
 
@@ -540,7 +614,16 @@ def test_mistakes_in_arguments_in_one_line(arguments, line):
     assert str(caught.value) == line
 
 
-def test_the_command_line(made, cli: Cli):
+def test_the_command_line(made, capsys):
+    options = ("--prompt", "ab", "--max-tokens", "3", "--top-k", "5", "--stop", r"\n", "--samples", "2", "--json")
+    assert main(["generate", str(made.run_dir), *options, ALONE]) == 0
+    assert [json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()] == ["ab", "ab"]
+    assert main(["eval", str(made.run_dir), "--step", "15"]) == 3
+    assert capsys.readouterr().err == f"{made.run_dir} has no checkpoint 15; there are 10, 20\n"
+
+
+@pytest.mark.slow
+def test_the_command_line_as_processes(made, cli: Cli):
     options = ("--prompt", "ab", "--max-tokens", "3", "--top-k", "5", "--stop", r"\n", "--samples", "2", "--json")
     done = cli("generate", str(made.run_dir), *options)
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import pytest
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import ConfigError
 from llm_jax.data.prepare import prepare
-from llm_jax.eval import agenda, history
+from llm_jax.eval import agenda, evaluation, history
 from llm_jax.eval import cli as cli_module
 from llm_jax.eval.agenda import Agenda, Turn
 from llm_jax.eval.evaluation import evaluate_checkpoint
@@ -31,7 +32,7 @@ from llm_jax.train.start import checkpoint_meta
 from llm_jax.train.state import init_state
 from tests.conftest import Start, free_port
 from tests.small import QUICKLY, mesh_of
-from tests.test_eval_verbs import MODEL, text_source, write_texts
+from tests.test_eval_verbs import MODEL, SHORT, text_source, write_texts
 from tests.training import train, wait_for
 
 # On one device: the quickest, and meshes are others' business.
@@ -55,6 +56,14 @@ class Saver(NamedTuple):
 @functools.partial(jax.jit, compiler_options=QUICKLY)
 def _state(seed: int) -> Any:
     return init_state(MODEL, AdamWConfig(), seed)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_sample() -> Iterator[None]:
+    """A sample of an evaluation is as short as in tests/test_eval_verbs.py, and so are its programs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "SAMPLING", SHORT)
+        yield
 
 
 @pytest.fixture(scope="module")

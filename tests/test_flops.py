@@ -19,7 +19,7 @@ from llm_jax.train import flops
 from llm_jax.train.config import MeshConfig
 from llm_jax.train.state import abstract_state
 from llm_jax.train.step import make_step
-from tests.small import SETTINGS
+from tests.small import SETTINGS, slowly
 
 ROWS, SEQ_LEN = 2, 16
 CAUSAL, MLM = CausalConfig(), MlmConfig(rate=0.3)
@@ -87,13 +87,22 @@ def step_flops(cfg: ModelConfig, objective: ObjectiveConfig = CAUSAL, rows: int 
         )
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Between them these have every part of a model; a trace takes a second, and what others show beside them is slow.
+OFTEN = (
+    "grouped queries",
+    "gated gelu, sandwich norms, biases on queries, keys and values",
+    "BERT",
+    "leading, periods, a remainder",
+)
+
+
+@pytest.mark.parametrize("name", [name if name in OFTEN else slowly(name) for name in MODELS])
 def test_the_formula_is_the_steps_own_arithmetic(name: str) -> None:
     cfg = MODELS[name]
     assert step_flops(cfg) == ROWS * SEQ_LEN * flops.flops_per_token(cfg, SEQ_LEN, CAUSAL).full
 
 
-@pytest.mark.parametrize("name", ["swiglu", "BERT"])
+@pytest.mark.parametrize("name", [slowly("swiglu"), "BERT"])
 def test_the_head_counts_as_often_as_something_is_predicted(name: str) -> None:
     per_token = flops.flops_per_token(MODELS[name], SEQ_LEN, MLM)
     assert step_flops(MODELS[name], MLM) == pytest.approx(ROWS * SEQ_LEN * per_token.full, rel=1e-12)
@@ -101,8 +110,16 @@ def test_the_head_counts_as_often_as_something_is_predicted(name: str) -> None:
     assert per_token.visible == per_token.full
 
 
-@pytest.mark.parametrize("name", EXPERTS)
-@pytest.mark.parametrize("objective", [CAUSAL, MLM], ids=["causal", "mlm"])
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        ("experts", CAUSAL),
+        ("plain experts, biases elsewhere", MLM),
+        slowly("experts", MLM),
+        slowly("plain experts, biases elsewhere", CAUSAL),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_experts_count_where_they_are_chosen(name: str, objective: ObjectiveConfig) -> None:
     cfg = EXPERTS[name]
     per_token = flops.flops_per_token(cfg, SEQ_LEN, objective)

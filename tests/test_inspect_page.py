@@ -117,7 +117,7 @@ def test_the_page_holds_the_text_and_nothing_that_it_would_have_to_fetch(
         return findings(folder, listed, index, count)
 
     monkeypatch.setattr(manifest, "findings", counted)
-    text = inspect(made.causal, EVIL, tmp_path / "new" / "page.html")
+    text = inspect(made.causal, EVIL, tmp_path / "new" / "page.html", "mesh.data=1")
     assert len(readings) == 1, "a checkpoint's files are read for their digests once"
     assert capsys.readouterr().out == f"{tmp_path / 'new' / 'page.html'}\n"
     page, ids = Page(text), made.tokenizer.encode(EVIL).tolist()
@@ -144,7 +144,7 @@ def test_the_page_holds_the_text_and_nothing_that_it_would_have_to_fetch(
 
 
 def test_a_masked_models_page_says_how_its_losses_came_about(made: Made, tmp_path: Path) -> None:
-    text = inspect(made.masked, "the cat sat", tmp_path / "page.html", "mesh.tensor=2", "mesh.context=2")
+    text = inspect(made.masked, "the cat sat", tmp_path / "page.html", "mesh.data=1", "mesh.tensor=2", "mesh.context=2")
     assert "each of them hidden alone" in text and "bits per byte" not in text
     assert "4 to either side" in text and "then comes" not in text and "the token itself" in text
 
@@ -152,7 +152,7 @@ def test_a_masked_models_page_says_how_its_losses_came_about(made: Made, tmp_pat
 def test_a_text_longer_than_a_page_is_cut_which_is_said(
     made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = inspect(made.causal, "cat\n" * 10_000, tmp_path / "page.html")
+    text = inspect(made.causal, "cat\n" * 10_000, tmp_path / "page.html", "mesh.data=1")
     assert "the text is longer than a page; its first 95 tokens are shown\n" in capsys.readouterr().err
     assert "The text is longer; its first 95 tokens are shown." in text and len(Page(text).spans) == 95
 
@@ -196,7 +196,7 @@ def test_labels_show_every_character(made: Made) -> None:
 def test_a_page_that_cannot_be_written_is_told(made: Made, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PageError, match=r"file\S* cannot be written: (Not a directory|File exists)$") as caught:
-        inspect_checkpoint(str(made.causal), None, (), "the", tmp_path / "file" / "page.html")
+        inspect_checkpoint(str(made.causal), None, ("mesh.data=1",), EVIL, tmp_path / "file" / "page.html")
     assert caught.value.exit_code == 74
 
 

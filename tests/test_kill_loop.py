@@ -23,13 +23,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Trial:
 
 
 @pytest.mark.slow
-def test_ten_kills_do_not_change_a_bit(start: Start) -> None:
-    done = start(str(ROOT / "benchmarks" / "kill_loop.py"), "--kills", "10", "--processes", "1", "2").wait(1800)
+def test_four_kills_do_not_change_a_bit(start: Start) -> None:
+    """As benchmarks/kill_loop.py does it with a hundred."""
+    done = start(str(ROOT / "benchmarks" / "kill_loop.py"), "--kills", "4", "--processes", "1", "2").wait(1800)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     tallies = {line["processes"]: line["tally"] for line in lines if "tally" in line}
-    assert {n: tally["kills"] for n, tally in tallies.items()} == {1: 5, 2: 5}, done.stdout
-    assert sum("kill" in line for line in lines) == 10
+    assert {n: tally["kills"] for n, tally in tallies.items()} == {1: 2, 2: 2}, done.stdout
+    assert sum("kill" in line for line in lines) == 4
     assert all(line["differences"] == [] for line in lines if "differences" in line)
 
 
@@ -66,6 +67,7 @@ DOCTORED: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOCTORED)
 def test_another_history_is_seen(whole: Trial, tmp_path: Path, name: str) -> None:
     change, told = DOCTORED[name]
@@ -129,6 +131,7 @@ def test_planted_defects_are_seen(whole: Trial, tmp_path: Path, defect: str) -> 
     assert all(any(line.startswith(start) for line in found) for start in told), found
 
 
+@pytest.mark.slow
 def test_the_last_look_is_made_up_for(whole: Trial, start: Start, tmp_path: Path) -> None:
     """Killed after the last checkpoint and before the last look at held-out rows, which comes after it."""
     copy = tmp_path / "run"

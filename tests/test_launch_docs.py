@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import EMULATED, ROOT, Start, free_port
 from tests.slurm_lab import Slurm, running_slurm
-from tests.test_docs import commands
+from tests.test_docs import commands, shorten
 from tests.training import lines
 
 README = (ROOT / "launch" / "README.md").read_text()
@@ -57,6 +57,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     folder = tmp_path_factory.mktemp("project")
     for name in ("configs", "launch", "llm_jax"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shorten(folder / "configs")
     (folder / ".venv").symlink_to(sys.prefix)
     # The text that other tests have prepared is the text of every copy.
     (ROOT / ".cache" / "data").mkdir(parents=True, exist_ok=True)

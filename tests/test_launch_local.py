@@ -483,6 +483,7 @@ def test_a_run_that_is_saved_and_killed_is_launched_on_and_does_not_differ(
     assert_same_history(tmp_path / "run", rehearsal[0], step=12)
 
 
+@pytest.mark.slow
 def test_an_exception_ends_all_within_15_seconds(start: Start, tmp_path: Path) -> None:
     running = start("-c", PLANTED_LAUNCHER, "1-3=raise", PLANTED, *train(tmp_path / "run", *SHORT))
     wait_for(lambda: "[1] RuntimeError: planted" in running.stderr.read_text(), running)
@@ -495,15 +496,18 @@ def test_an_exception_ends_all_within_15_seconds(start: Start, tmp_path: Path) -
     assert told(done)[-1] == "attempt 1 ended with exit code 1 (unexpected: a traceback was printed)"
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "steps", [pytest.param(40, marks=pytest.mark.slow), pytest.param(150, marks=[pytest.mark.slow, pytest.mark.whole])]
+)
 @pytest.mark.parametrize("config", [("tiny_causal",), ("tiny_mlm", "model.head_transform=true")], ids="+".join)
 def test_collectives_of_two_axes_do_not_wait_for_each_other(
-    config: tuple[str, ...], start: Start, tmp_path: Path
+    config: tuple[str, ...], steps: int, start: Start, tmp_path: Path
 ) -> None:
     """fsdp within a process and data across: devices that begin their collectives in different orders hang, often."""
     name, *changes = config
     words = (str(ROOT / "configs" / f"{name}.py"), DATA, f"run_dir={tmp_path / 'run'}", "mesh.fsdp=4", *changes)
-    words = (*words, "train.steps=150", "eval.every=0", "watchdog.floor_s=30", "watchdog.grace_s=5")
+    words = (*words, f"train.steps={steps}", "checkpoint.every=200", "eval.every=0")
+    words = (*words, "watchdog.floor_s=30", "watchdog.grace_s=5")
     file = tmp_path / "one_attempt.yaml"
     file.write_text("processes: 2\ndevices: 4\nrestarts: 0\n")
     done = start("-m", "llm_jax", "launch", "local", *words, "--resources", str(file), "--submit").wait()

@@ -20,7 +20,7 @@ from llm_jax.objective import causal
 from llm_jax.objective import loss as objectives
 from llm_jax.objective.config import CausalConfig
 from tests.reference_attention import places, sees
-from tests.small import CFG, QUICKLY, B, mesh_of, packed_row, put, put_weights, ragged_rows, weights_of
+from tests.small import CFG, QUICKLY, B, mesh_of, packed_row, put, put_weights, ragged_rows, slowly, weights_of
 
 SHARDED = {"context": 2, "fsdp": 2, "tensor": 2}
 
@@ -150,21 +150,19 @@ def loss_of_packing(cfg: ModelConfig = CFG) -> float:
     return abs(float(loss / weight) - float(sum(a for a, _ in apart) / sum(w for _, w in apart)))
 
 
-ON = pytest.mark.parametrize("mesh", [{}, SHARDED], ids=["one device", "sharded"])
-BACKENDS = pytest.mark.parametrize("backend", ["xla", "chunked"])
-# Where the kinds beside plain causal ones are tried every day; compiling takes what time there is.
+# What is tried every day; compiling takes what time there is.
 DAILY = ("chunked", SHARDED)
-OTHER_KINDS = pytest.mark.parametrize("name", [name for name in KINDS if name != "causal"])
 
 
-@ON
-@BACKENDS
+@pytest.mark.parametrize(
+    ("backend", "mesh"), [DAILY, ("xla", {}), slowly("xla", SHARDED), slowly("chunked", {})], ids=str
+)
 def test_gradients_reach_exactly_what_is_visible(backend, mesh):
     assert wrong_dependences(KINDS["causal"], backend, mesh) == 0
 
 
 # That attention itself reaches exactly what it sees is proved beside it, for more sights and both backends.
-@OTHER_KINDS
+@pytest.mark.parametrize("name", [slowly("bidirectional"), slowly("local"), "local bidirectional"])
 def test_gradients_reach_exactly_what_layers_of_any_kind_see(name):
     assert wrong_dependences(KINDS[name], *DAILY) == 0
 
@@ -172,9 +170,7 @@ def test_gradients_reach_exactly_what_layers_of_any_kind_see(name):
 @pytest.mark.parametrize(
     ("name", "backend", "mesh"),
     [
-        pytest.param(
-            name, backend, mesh, marks=[] if name == "causal" or (backend, mesh) == DAILY else pytest.mark.slow
-        )
+        pytest.param(name, backend, mesh, marks=[] if (backend, mesh) == DAILY else pytest.mark.slow)
         for name in KINDS
         for backend in ("xla", "chunked")
         for mesh in ({}, SHARDED)
@@ -189,27 +185,29 @@ def test_packed_documents_have_the_loss_that_they_have_alone(cfg):
     assert loss_of_packing(cfg) < 2e-6
 
 
-def weight_of_padding(segments_of: Callable[[Array], Array]) -> float:
-    """The largest gradient, by the embedding of padding, of what documents' tokens become where all look both ways."""
+def test_nobody_looks_at_padding_and_a_segment_shared_with_it_is_seen():
+    """By the gradient, by the embedding of padding, of what documents' tokens become where all look both ways."""
     devices = mesh_of()
 
-    def seen(params: nnx.State, rows_ABU: Array) -> Array:
+    def seen(params: nnx.State, rows_ABU: Array, segments_ABT: Array) -> Array:
         batch: Batch = jax.tree.map(lambda x: x[0], causal.make_batch(rows_ABU, False))
         model = nnx.merge(abstract_model(CFG).graph, params, {})
-        segments_BT = segments_of(rows_ABU)[0]
+        segments_BT = segments_ABT[0]
         x_BTD, _ = model(batch.tokens_BT, segments_BT, batch.positions_BT, CFG, causal=False)
         return jnp.sum(jnp.where((batch.tokens_BT != PAD_ID)[..., None], jnp.square(x_BTD), 0))
 
+    def segments(rows_ABU: Array) -> tuple[Array, ...]:
+        of = [segments_and_positions(rows_ABU, crosses)[0] for crosses in (False, True)]
+        return *of, place(documents(rows_ABU)[0][..., :-1])
+
     with jax.set_mesh(devices):
-        arguments = (put_weights(weights_of(CFG), CFG, devices), put(ragged_rows(0)[None], "ABU", devices))
-        gradient = jax.jit(jax.grad(seen), compiler_options=QUICKLY)(*arguments)
-        return float(jnp.max(jnp.abs(gradient["embed"][...][PAD_ID])))
-
-
-def test_nobody_looks_at_padding_and_a_segment_shared_with_it_is_seen():
-    assert weight_of_padding(lambda rows_ABU: segments_and_positions(rows_ABU, False)[0]) == 0
-    assert weight_of_padding(lambda rows_ABU: segments_and_positions(rows_ABU, True)[0]) == 0
-    assert weight_of_padding(lambda rows_ABU: place(documents(rows_ABU)[0][..., :-1])) > 1e-3
+        params, rows_ABU = put_weights(weights_of(CFG), CFG, devices), put(ragged_rows(0)[None], "ABU", devices)
+        gradient = jax.jit(jax.grad(seen), compiler_options=QUICKLY)
+        weights = [
+            np.abs(gradient(params, rows_ABU, segments_ABT)["embed"].get_value()[PAD_ID]).max()
+            for segments_ABT in jax.jit(segments, compiler_options=QUICKLY)(rows_ABU)
+        ]
+    assert weights[0] == weights[1] == 0 and weights[2] > 1e-3
 
 
 # Planted defects.
@@ -252,7 +250,7 @@ def positions_of_the_row(attention: Callable) -> Callable:
     return defective
 
 
-@pytest.mark.parametrize("defect", [no_segments, not_causal, keys_segments_shifted])
+@pytest.mark.parametrize("defect", [no_segments, slowly(not_causal), slowly(keys_segments_shifted)])
 def test_planted_defect_is_seen_by_gradient(defect, monkeypatch):
     monkeypatch.setattr(layers, "attention", defect(layers.attention))
     assert wrong_dependences(KINDS["causal"], "xla", {}) > 0
@@ -263,11 +261,13 @@ def test_planted_defect_is_seen_by_perturbation(monkeypatch):
     assert change_outside(KINDS["causal"], "chunked", {}) > 1e-3
 
 
+@pytest.mark.slow
 def test_planted_window_is_seen_by_gradient(monkeypatch):
     monkeypatch.setattr(layers, "attention", window_off_by_one(layers.attention))
     assert wrong_dependences(KINDS["local"], "xla", {}) > 0
 
 
+@pytest.mark.slow
 def test_planted_global_tokens_of_other_documents_are_seen_by_perturbation(monkeypatch):
     visible = attention.visible
 
@@ -278,7 +278,7 @@ def test_planted_global_tokens_of_other_documents_are_seen_by_perturbation(monke
     assert change_outside(KINDS["local bidirectional"], "xla", {}) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["BOS_ID", "PAD_ID"])
+@pytest.mark.parametrize("name", ["BOS_ID", slowly("PAD_ID")])
 def test_planted_loss_on_borders_or_padding_is_seen(name, monkeypatch):
     monkeypatch.setattr(causal, name, -1)
     assert loss_of_packing() > 1e-3
@@ -289,6 +289,7 @@ def test_planted_leak_is_seen_by_the_loss(monkeypatch):
     assert loss_of_packing() > 1e-3
 
 
+@pytest.mark.slow
 def test_planted_count_of_positions_is_seen_by_the_loss(monkeypatch):
     monkeypatch.setattr(layers, "attention", positions_of_the_row(layers.attention))
     assert loss_of_packing(LOCAL) > 1e-4

@@ -38,6 +38,7 @@ from tests.small import (
     put,
     put_weights,
     ragged_rows,
+    slowly,
     weights_of,
 )
 
@@ -150,7 +151,7 @@ def test_what_is_hidden_can_be_put_back_and_is_no_control_token(unit: str) -> No
         assert ((seen >= FIRST) | (seen == MASK_ID)).all() and (seen < VOCAB).all()
 
 
-@pytest.mark.parametrize("rate", [0.15, 0.3, 0.5, 0.99])
+@pytest.mark.parametrize("rate", [0.15, 0.3, slowly(0.5), slowly(0.99)])
 def test_single_tokens_are_exactly_as_many_as_the_rate_says(rate: float) -> None:
     batch = draw(ROWS, config("token", rate=rate))
     free = [(row[:-1] >= FIRST).sum() for row in ROWS]
@@ -169,7 +170,7 @@ def test_budgets_are_those_of_the_rate_as_it_is_written() -> None:
     assert [mlm.n_places(0.15, 128, parts) for parts in (1, 2, 4, 8)] == [20, 20, 20, 24]
 
 
-@pytest.mark.parametrize("rate", [0.15, 0.5])
+@pytest.mark.parametrize("rate", [0.15, slowly(0.5)])
 def test_words_are_hidden_whole_and_within_the_budget(rate: float) -> None:
     short = 0
     for seed in range(6):
@@ -217,7 +218,7 @@ def test_spans_have_geometric_lengths_and_end_with_their_document() -> None:
         assert abs((lengths == length).sum() - n * share) < 5 * math.sqrt(n * share)
 
 
-@pytest.mark.parametrize("rate", [0.15, 0.5])
+@pytest.mark.parametrize("rate", [0.15, slowly(0.5)])
 def test_spans_are_hidden_whole_and_within_the_budget(rate: float) -> None:
     choose = jax.jit(lambda unit_T, key: mlm.choose(unit_T, key, rate, math.ceil(rate * T)), compiler_options=QUICKLY)
     short = 0
@@ -244,7 +245,7 @@ def test_every_token_is_hidden_as_often_as_any_other() -> None:
     assert (np.abs(counts - expected) <= 5 * np.sqrt(expected)).all()
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", ["token", "word", slowly("span")])
 def test_shares_of_masks_and_of_random_pieces(unit: str) -> None:
     rows = np.stack([packed_row(np.random.default_rng(row), first=U) for row in range(2000)])
     batch = draw(rows, config(unit, rate=0.3))
@@ -265,21 +266,21 @@ def test_shares_of_masks_and_of_random_pieces(unit: str) -> None:
     assert (np.abs(often - len(random) / pieces) < 6 * math.sqrt(len(random) / pieces)).all()
 
 
-def test_shares_of_all_and_of_nothing() -> None:
-    for mask, random in ((1, 0), (0, 1), (0, 0)):
-        batch = draw(ROWS, config("token", mask_share=mask, random_share=random))
-        real = batch.weights_BN > 0
-        seen = np.take_along_axis(batch.tokens_BT, batch.places_BN, axis=1)[real]
-        kept = (seen == batch.targets_BN[real]).mean()
-        assert ((seen == MASK_ID).all(), kept == 1, kept < 0.2) == (mask == 1, mask == random == 0, mask != random)
+@pytest.mark.parametrize(("mask", "random"), [slowly(1, 0), (0, 1), slowly(0, 0)])
+def test_shares_of_all_and_of_nothing(mask: int, random: int) -> None:
+    batch = draw(ROWS, config("token", mask_share=mask, random_share=random))
+    real = batch.weights_BN > 0
+    seen = np.take_along_axis(batch.tokens_BT, batch.places_BN, axis=1)[real]
+    kept = (seen == batch.targets_BN[real]).mean()
+    assert ((seen == MASK_ID).all(), kept == 1, kept < 0.2) == (mask == 1, mask == random == 0, mask != random)
 
 
 @pytest.mark.parametrize(
     ("unit", "mesh", "accumulation"),
     [
-        ("token", {}, 4),
-        ("token", {"data": 8}, 1),
-        ("token", {"context": 4, "fsdp": 2}, 1),
+        slowly("token", {}, 4),
+        slowly("token", {"data": 8}, 1),
+        slowly("token", {"context": 4, "fsdp": 2}, 1),
         *((unit, {"context": 2, "fsdp": 2, "tensor": 2}, 4) for unit in UNITS),
     ],
 )
@@ -361,11 +362,12 @@ def test_the_head_on_the_predicted_places_is_the_head_on_all_of_them() -> None:
     assert wrongness(gradient(0), gradient(0, everywhere)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("at", range(1, len(MESHES)), ids=lambda at: str(MESHES[at]))
+@pytest.mark.parametrize("at", [slowly(1), 2, slowly(3)], ids=lambda at: str(MESHES[at]))
 def test_a_mesh_changes_no_gradient(at: int) -> None:
     assert wrongness(gradient(at), gradient(0)) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_planted_places_of_the_wrong_rank_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each context rank looks for its places among its own positions."""
 
@@ -390,7 +392,8 @@ class Updates:
         settings: dict[str, Any] = SETTINGS | {"word_starts_V": WORD_STARTS}
         with jax.set_mesh(self.devices):
             weights = put_weights(weights_of(CFG), CFG, self.devices)
-            self.state = with_weights(weights, nnx.State({}), optim)
+            begin = jax.jit(lambda params: with_weights(params, nnx.State({}), optim), compiler_options=QUICKLY)
+            self.state = begin(weights)
             self.rows_ABU = put(BATCH.reshape(accumulation, B // accumulation, U), "ABU", self.devices)
             step = jax.jit(steps.make_step(CFG, OBJECTIVE, optim, **settings, steps=4), compiler_options=QUICKLY)
             self.step = step.lower(self.state, self.rows_ABU).compile()

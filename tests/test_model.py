@@ -17,7 +17,7 @@ from llm_jax.model.norms import Norm, inverse_rms
 from llm_jax.model.rope import angles, rotate
 from llm_jax.model.transformer import Transformer, abstract_model, logits, look_up
 from tests.reference import Reference
-from tests.small import CFG, QUICKLY, B, mesh_of, put, put_weights, ragged_rows, weights_of
+from tests.small import CFG, QUICKLY, B, mesh_of, put, put_weights, ragged_rows, slowly, weights_of
 
 ROWS = ragged_rows(0)
 OTHER = CFG.model_copy(update={"mlp": "gelu", "qk_norm": False, "tied_embeddings": True, "logit_soft_cap": None})
@@ -48,8 +48,11 @@ def difference(cfg: ModelConfig, mesh: dict[str, int]) -> float:
     return float(np.max(np.abs(got[..., : cfg.vocab_size] - expected)))
 
 
-@pytest.mark.parametrize("mesh", [{}, SHARDED], ids=str)
-@pytest.mark.parametrize("cfg", [CFG, OTHER], ids=["swiglu, norms, cap", "gelu, tied"])
+@pytest.mark.parametrize(
+    ("cfg", "mesh"),
+    [(CFG, {}), (CFG, SHARDED), slowly(OTHER, {}), slowly(OTHER, SHARDED)],
+    ids=["swiglu, norms, cap", "swiglu, norms, cap, sharded", "gelu, tied", "gelu, tied, sharded"],
+)
 def test_logits_are_the_references(cfg, mesh):
     assert difference(cfg, mesh) < 1e-5
 
@@ -70,7 +73,7 @@ def norms_of_sums(monkeypatch):
     monkeypatch.setattr(norms, "inverse_rms", lambda x, *a: inverse_rms(x, *a) / math.sqrt(x.shape[-1]))
 
 
-@pytest.mark.parametrize("plant", [half_the_theta, pairs_side_by_side, norms_of_sums])
+@pytest.mark.parametrize("plant", [half_the_theta, slowly(pairs_side_by_side), slowly(norms_of_sums)])
 def test_planted_defect_is_seen(plant, monkeypatch):
     plant(monkeypatch)
     assert difference(CFG, {}) > 1e-3
@@ -178,7 +181,9 @@ def test_look_up_is_indexing_and_adds_up_the_gradients_of_a_row(mesh):
 
     with jax.set_mesh(devices):
         table_VD = jax.device_put(table, jax.NamedSharding(devices, jax.P("tensor", "fsdp")))
-        x, gradient = jax.jit(both)(table_VD, put(tokens, "BT", devices), put(cotangent, "BTD", devices))
+        x, gradient = jax.jit(both, compiler_options=QUICKLY)(
+            table_VD, put(tokens, "BT", devices), put(cotangent, "BTD", devices)
+        )
     np.testing.assert_array_equal(x, table[tokens])
     expected = np.zeros_like(table)
     np.add.at(expected, tokens, cotangent)

@@ -11,7 +11,7 @@ from llm_jax.data.config import BOS_ID
 from llm_jax.model.config import ModelConfig, MoeConfig
 from llm_jax.model.transformer import Weights, abstract_model, logits
 from tests.invariance import MODELS, put_all
-from tests.small import QUICKLY, B, mesh_of, packed_row, put
+from tests.small import QUICKLY, B, mesh_of, packed_row, put, slowly
 
 DROPLESS = MODELS["experts"]
 CHANGED = slice(18, 26)
@@ -45,7 +45,7 @@ def change_outside(cfg: ModelConfig, mesh: dict[str, int]) -> tuple[int, float]:
     return others, float(change_BTV[:, outside_T].max())
 
 
-@pytest.mark.parametrize("mesh", [{}, {"expert": 4, "fsdp": 2}], ids=str)
+@pytest.mark.parametrize("mesh", [slowly({}), {"expert": 4, "fsdp": 2}], ids=str)
 def test_dropless_experts_leak_nothing(mesh: dict[str, int]) -> None:
     others, change = change_outside(DROPLESS, mesh)
     assert others == 0 and change <= 1e-6

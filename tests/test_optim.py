@@ -22,7 +22,7 @@ from llm_jax.train import state as state_module
 from llm_jax.train import step as step_module
 from llm_jax.train.state import TrainState, init_state, with_weights
 from llm_jax.train.step import divide, make_step
-from tests.small import CFG, QUICKLY, SETTINGS, B, U, mesh_of, put, put_weights, ragged_rows, weights_of
+from tests.small import CFG, QUICKLY, SETTINGS, B, U, mesh_of, put, put_weights, ragged_rows, slowly, weights_of
 
 PEAK = 0.5
 
@@ -200,7 +200,7 @@ def is_weight(x) -> bool:
     return isinstance(x, Weight)
 
 
-@pytest.mark.parametrize("plant", [vectors_decay_too, never_clipped])
+@pytest.mark.parametrize("plant", [slowly(vectors_decay_too), never_clipped])
 def test_planted_defect_of_the_update_is_seen(plant, unclipped, monkeypatch):
     plant(monkeypatch)
     assert wrongness(Trainer(OPTIM), unclipped) > 0.01
@@ -257,6 +257,7 @@ def test_a_non_finite_update_leaves_weights_and_optimizer_bit_for_bit_and_is_cou
     assert bytes_of(well.params) != bytes_of(healthy.params)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_overflows_while_the_loss_is_finite_is_skipped(trainer, monkeypatch):
     real = objectives.sums
 

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import io
 import re
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from llm_jax.model.weights import project
 from llm_jax.objective import causal, loss
 from llm_jax.objective.config import CausalConfig
 from llm_jax.train.step import gradient_sums
-from tests.small import CFG, QUICKLY, B, U, deviation, mesh_of, put, put_weights, ragged_rows, weights_of
+from tests.small import CFG, QUICKLY, B, U, deviation, mesh_of, put, put_weights, ragged_rows, slowly, weights_of
 
 NAMES = get_args(TensorName)
 POLICIES = ("elementwise", "dots", "full", ("q", "k", "v", "attention_out"), ("mlp_gate", "mlp_up"))
@@ -61,7 +62,10 @@ def kept() -> tuple[nnx.State, float]:
     return gradient_and_loss(with_policy("none"), {})
 
 
-@pytest.mark.parametrize("remat", POLICIES, ids=str)
+# That each policy saves and computes again what it says is looked up below, for all of them.
+@pytest.mark.parametrize(
+    "remat", [remat if remat in ("elementwise", "full") else slowly(remat) for remat in POLICIES], ids=str
+)
 def test_every_policy_gives_the_same_loss_and_gradient(remat, kept):
     gradient, loss = gradient_and_loss(with_policy(remat), {})
     assert abs(loss - kept[1]) <= 1e-6
@@ -132,8 +136,10 @@ def equations(jaxpr: Any) -> Iterator[Any]:
                 yield from equations(inner)
 
 
-def program(cfg: ModelConfig) -> list[Any]:
-    """The equations of the gradient on an fsdp mesh."""
+@functools.cache
+def program(json: str) -> list[Any]:
+    """The equations of the gradient on an fsdp mesh, for a config as JSON."""
+    cfg = ModelConfig.model_validate_json(json)
     devices = mesh_of(fsdp=8)
     with jax.set_mesh(devices):
         arguments = abstract_model(cfg)[1], put(ragged_rows(0)[None], "ABU", devices)
@@ -142,7 +148,7 @@ def program(cfg: ModelConfig) -> list[Any]:
 
 def counts(cfg: ModelConfig) -> collections.Counter:
     """How often each primitive stands in the gradient's program."""
-    return collections.Counter(equation.primitive.name for equation in program(cfg))
+    return collections.Counter(equation.primitive.name for equation in program(cfg.model_dump_json()))
 
 
 def test_the_backward_pass_computes_again_what_was_not_saved():
@@ -156,15 +162,16 @@ def test_the_backward_pass_computes_again_what_was_not_saved():
     assert extra == {"none": 0, "elementwise": 2, "dots": 2, "full": 8, "('mlp_up',)": 7}
 
 
-def test_layers_outside_of_the_scan_are_computed_again_too_behind_a_barrier():
+@pytest.mark.parametrize(("n_layers", "in_loop"), [(5, 2), slowly(3, 0)])
+def test_layers_outside_of_the_scan_are_computed_again_too_behind_a_barrier(n_layers, in_loop):
     """One lone layer and two in a period: XLA would find out of a scan, or in one of a single turn, that both passes
     compute the same."""
-    for n_layers, in_loop in ((5, 2), (3, 0)):
-        cfg = with_policy("full", n_layers=n_layers, leading=(LayerConfig(),), period=(LayerConfig(),) * 2)
-        extra = counts(cfg)["dot_general"] - counts(cfg.model_copy(update={"remat": "none"}))["dot_general"]
-        assert extra == 3 * 8
-        barriers = [equation.params["prevent_cse"] for equation in program(cfg) if "prevent_cse" in equation.params]
-        assert barriers.count(False) == in_loop and barriers.count(True) == 3 - in_loop
+    cfg = with_policy("full", n_layers=n_layers, leading=(LayerConfig(),), period=(LayerConfig(),) * 2)
+    extra = counts(cfg)["dot_general"] - counts(cfg.model_copy(update={"remat": "none"}))["dot_general"]
+    assert extra == 3 * 8
+    equations = program(cfg.model_dump_json())
+    barriers = [equation.params["prevent_cse"] for equation in equations if "prevent_cse" in equation.params]
+    assert barriers.count(False) == in_loop and barriers.count(True) == 3 - in_loop
 
 
 def test_weights_are_gathered_again_in_the_backward_pass_unless_all_is_saved():
@@ -186,7 +193,7 @@ def test_bfloat16_runs_on_a_mesh_and_stays_close(kept):
 def fsdp_types(cfg: ModelConfig) -> tuple[set[str], set[str]]:
     """Types in which the layers' matrices are gathered over fsdp, and in which their gradients are added up over it."""
     gathered, reduced = set(), set()
-    for equation in program(cfg):
+    for equation in program(cfg.model_dump_json()):
         shapes = [jax.typeof(x) if isinstance(x, jax.Array) else x.aval for x in equation.invars]
         if equation.primitive.name == "reshard" and shapes[0].ndim > 1 and cfg.vocab_size not in shapes[0].shape:
             before, after = shapes[0].sharding.spec, equation.outvars[0].aval.sharding.spec
@@ -213,9 +220,12 @@ def test_planted_cast_before_the_product_adds_up_in_bfloat16(monkeypatch):
 
     for module in (layers, mlp):
         monkeypatch.setattr(module, "project", cast_first)
+    program.cache_clear()
     assert fsdp_types(with_policy("none", gather_dtype="float32", **WIDE)) == ({"bfloat16"}, {"bfloat16"})
+    program.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [{"fsdp": 8}, SHARDED], ids=str)
 def test_adding_up_in_float32_is_the_same_gradient(mesh, kept):
     cfg = with_policy("none", compute_dtype="bfloat16", gather_dtype="float32")

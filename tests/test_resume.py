@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import Start
 from tests.training import (
+    STEPS,
     assert_close,
     assert_same_history,
     copy_at,
@@ -25,7 +26,7 @@ from tests.training import (
 )
 
 
-@pytest.mark.parametrize("moment", ["any", "saving"])
+@pytest.mark.parametrize("moment", ["any", pytest.param("saving", marks=pytest.mark.slow)])
 def test_sigkill_does_not_change_a_bit(uninterrupted: Path, start: Start, tmp_path: Path, moment: str) -> None:
     """Killed twice, at random steps or while a checkpoint is half-written, and resumed each time."""
     seed = int.from_bytes(os.urandom(2))
@@ -38,7 +39,7 @@ def test_sigkill_does_not_change_a_bit(uninterrupted: Path, start: Start, tmp_pa
         if moment == "saving":
             wait_for(functools.partial(is_saving, run_dir, newest(run_dir) + 4), running)
         else:
-            goal = min(newest(run_dir) + draw.randint(1, 12), 36)
+            goal = min(newest(run_dir) + draw.randint(1, 8), STEPS - 4)
             wait_for(functools.partial(has_lines, run_dir, goal), running)
             time.sleep(draw.random() * 0.05)
         os.killpg(running.process.pid, signal.SIGKILL)
@@ -51,7 +52,9 @@ def test_sigkill_does_not_change_a_bit(uninterrupted: Path, start: Start, tmp_pa
     assert_same_history(run_dir, uninterrupted)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_signals_save_and_say_so(uninterrupted: Path, start: Start, tmp_path: Path, number: int, code: int) -> None:
     run_dir = tmp_path / "run"
     running = start(*train(run_dir))
@@ -60,32 +63,35 @@ def test_signals_save_and_say_so(uninterrupted: Path, start: Start, tmp_path: Pa
     done = running.wait()
     assert done.returncode == code, done.stderr
     made = len(steps_written(run_dir))
-    assert made < 40 and newest(run_dir) == made
+    assert made < STEPS and newest(run_dir) == made
     assert "the same command goes on from there" in done.stdout
     assert start(*train(run_dir)).wait().returncode == 0
     assert_same_history(run_dir, uninterrupted)
 
 
 def test_another_mesh_goes_on_with_the_same_batches(uninterrupted: Path, start: Start, tmp_path: Path) -> None:
-    run_dir = copy_at(uninterrupted, tmp_path, 32)
-    done = start(*train(run_dir, "mesh.fsdp=2", "mesh.tensor=4", "mesh.data=1"), devices=8).wait()
+    run_dir = copy_at(uninterrupted, tmp_path, 20)
+    done = start(*train(run_dir, "mesh.fsdp=2", "mesh.tensor=2", "mesh.data=1"), devices=4).wait()
     assert done.returncode == 0, done.stderr
     assert "resumed from" in done.stdout
     assert_close(run_dir, uninterrupted, 1e-5)
 
 
+@pytest.mark.slow
 def test_another_accumulation_goes_on_with_the_same_batches(uninterrupted: Path, start: Start, tmp_path: Path) -> None:
-    run_dir = copy_at(uninterrupted, tmp_path, 36)
+    run_dir = copy_at(uninterrupted, tmp_path, 20)
     assert start(*train(run_dir, "train.accumulation=4")).wait().returncode == 0
     assert_close(run_dir, uninterrupted, 1e-5)
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+@pytest.mark.parametrize(
+    "damage", ["flip", *(pytest.param(damage, marks=pytest.mark.slow) for damage in ("truncate", "remove"))]
+)
 def test_a_damaged_checkpoint_is_passed_over(uninterrupted: Path, start: Start, tmp_path: Path, damage: str) -> None:
     """One file of the newest checkpoint is damaged: it is moved aside, the one before used, its number saved again."""
     run_dir = tmp_path / "run"
     shutil.copytree(uninterrupted, run_dir)
-    newest = run_dir / "checkpoints" / "40"
+    newest = run_dir / "checkpoints" / str(STEPS)
     victims = {"flip": "state/ocdbt.process_0/d/*", "truncate": "manifest.json", "remove": "record.json"}
     victim = sorted(newest.glob(victims[damage]))[0]
     match damage:
@@ -100,13 +106,13 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted: Path, start: Start, 
     done = start(*train(run_dir)).wait()
     assert done.returncode == 0, done.stderr
     assert "damaged" in done.stderr and "resumed from" in done.stdout
-    assert (run_dir / "checkpoints" / "damaged-40").is_dir()
+    assert (run_dir / "checkpoints" / f"damaged-{STEPS}").is_dir()
     assert_same_history(run_dir, uninterrupted)
 
 
 def test_the_proof_can_fail(uninterrupted: Path, start: Start, tmp_path: Path) -> None:
     """A resume that repeats one batch is seen by the comparison."""
-    run_dir = copy_at(uninterrupted, tmp_path, 36)
+    run_dir = copy_at(uninterrupted, tmp_path, 20)
     done = start("-c", PLANTED, *train(run_dir)[2:]).wait()
     assert done.returncode == 0, done.stderr
     with pytest.raises(AssertionError):

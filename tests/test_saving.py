@@ -10,7 +10,7 @@ from llm_jax.manifest import Kind, retired
 from llm_jax.train.config import CheckpointConfig
 from llm_jax.train.saving import by_number, longer_lived, make_due
 from tests.conftest import Start
-from tests.training import assert_same_history, lines, train
+from tests.training import STEPS, assert_same_history, lines, train
 
 
 class Clock:
@@ -80,14 +80,14 @@ def test_a_run_saved_by_the_clock_is_the_same_run_and_keeps_the_permanent(
 ) -> None:
     """With every update longer than the time between saves there are temporary checkpoints, and they go."""
     run_dir = tmp_path / "run"
-    wishes = ("checkpoint.every=16", "checkpoint.keep=1", "checkpoint.permanent_every=10", "checkpoint.minutes=1e-6")
+    wishes = ("checkpoint.every=10", "checkpoint.keep=1", "checkpoint.permanent_every=6", "checkpoint.minutes=1e-6")
     done = start("-c", LISTING, *train(run_dir, *wishes)[2:]).wait()
     assert done.returncode == 0, done.stderr
-    assert [line["step"] for line in lines(run_dir)] == list(range(1, 41))
+    assert [line["step"] for line in lines(run_dir)] == list(range(1, STEPS + 1))
     assert_same_history(run_dir, uninterrupted)
-    assert sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir()) == [10, 20, 30, 32, 40]
+    assert sorted(int(p.name) for p in (run_dir / "checkpoints").iterdir()) == [6, 12, 18, 20, 24]
     seen = [line.removeprefix("there: ") for line in done.stdout.splitlines() if line.startswith("there: ")]
-    assert "10 16 19" in seen and "10 20 30 32 35" in seen
+    assert "6 10 11" in seen and "6 12 18 20 22" in seen
     assert max(len(entry.split()) for entry in seen) <= 6
 
 

@@ -198,7 +198,7 @@ def test_before_the_first_step(
     if phase == "preparation":
         overrides = (*small_text(tmp_path), "train.steps=4", "optim.warmup_steps=0")
     else:
-        run_dir = copy_at(uninterrupted, tmp_path, 36)
+        run_dir = copy_at(uninterrupted, tmp_path, 20)
     running = start("-c", SLOWED, *PHASES[phase], str(marker), "2", *train(run_dir, *overrides)[2:])
     wait_for(marker.exists, running)
     assert "stopped before the first step, with nothing new to save" in told(running, number, code)
@@ -206,7 +206,7 @@ def test_before_the_first_step(
         made = {path.parent.name.partition("-")[0] for path in (tmp_path / "data").glob("*/*/info.json")}
         assert made == {"text", "tokenizer"}
     else:
-        assert newest(run_dir) == 36
+        assert newest(run_dir) == 20
     done = start(*train(run_dir, *overrides)).wait()
     assert done.returncode == 0, done.stderr
     assert "text [" not in done.stdout
@@ -223,7 +223,7 @@ def test_before_the_first_step_with_two(
     if phase == "preparation":
         overrides = (*small_text(tmp_path), "train.steps=4", "optim.warmup_steps=0")
     else:
-        run_dir = copy_at(uninterrupted, tmp_path, 36)
+        run_dir = copy_at(uninterrupted, tmp_path, 20)
     markers = [tmp_path / f"begun{i}" for i in range(2)]
     # JAX looks for a signal once a second.
     both = [
@@ -238,13 +238,13 @@ def test_before_the_first_step_with_two(
         made = {path.parent.name.partition("-")[0] for path in (tmp_path / "data").glob("*/*/info.json")}
         assert made == {"text", "tokenizer"}
     else:
-        assert newest(run_dir) == 36
+        assert newest(run_dir) == 20
 
 
 BATCHES = ("llm_jax.eval.perplexity", "batched")
 
 
-@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize(("number", "code"), [SIGNALS[0], pytest.param(*SIGNALS[1], marks=pytest.mark.slow)])
 def test_evaluation(uninterrupted: Path, start: Start, tmp_path: Path, number: int, code: int) -> None:
     """It stops after the batch in progress, and writes no result."""
     run_dir, marker = tmp_path / "run", tmp_path / "begun"

@@ -124,6 +124,7 @@ ATTEMPTS = {
 }
 
 
+@pytest.mark.slow
 def test_what_is_requeued_and_how_often(slurm: Slurm, tmp_path: Path) -> None:
     """Real tasks that end as the program would."""
     cases = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import Cli, Start
-from tests.training import arrays, assert_same_history, copy_at, has_lines, lines, newest, train, wait_for
+from tests.training import STEPS, arrays, assert_same_history, copy_at, has_lines, lines, newest, train, wait_for
 
 
 @pytest.fixture(scope="module", name="uninterrupted")
@@ -19,13 +19,13 @@ def own_uninterrupted(uninterrupted: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
-    assert [line["step"] for line in lines(uninterrupted)] == list(range(1, 41))
+    assert [line["step"] for line in lines(uninterrupted)] == list(range(1, STEPS + 1))
     names = {"loss", "grad_norm", "lr", "tokens", "tokens_per_s", "mfu", "data_wait", "checkpoint_stall", "batch_hash"}
     assert all(names <= line.keys() for line in lines(uninterrupted))
-    assert len({line["batch_hash"] for line in lines(uninterrupted)}) == 40
+    assert len({line["batch_hash"] for line in lines(uninterrupted)}) == STEPS
     assert lines(uninterrupted)[-1]["loss"] < lines(uninterrupted)[0]["loss"] - 1
-    assert sorted(int(p.name) for p in (uninterrupted / "checkpoints").iterdir()) == [32, 36, 40]
-    assert json.loads((uninterrupted / "config.json").read_text())["train"]["steps"] == 40
+    assert sorted(int(p.name) for p in (uninterrupted / "checkpoints").iterdir()) == [16, 20, 24]
+    assert json.loads((uninterrupted / "config.json").read_text())["train"]["steps"] == STEPS
     attempts = json.loads((uninterrupted / "environment.json").read_text())["attempts"]
     assert len(attempts) == 1 and "jax" in attempts[0]["versions"]
 
@@ -34,14 +34,14 @@ def test_a_finished_run_says_so(uninterrupted: Path, start: Start) -> None:
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     done = start(*train(uninterrupted)).wait()
     assert done.returncode == 0
-    assert "is finished after 40 steps; next: llm-jax eval" in done.stdout
+    assert f"is finished after {STEPS} steps; next: llm-jax eval" in done.stdout
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
 def test_another_config_is_refused_with_the_difference(uninterrupted: Path, start: Start) -> None:
-    done = start(*train(uninterrupted, "optim.lr=0.5", "train.steps=41")).wait()
+    done = start(*train(uninterrupted, "optim.lr=0.5", "train.steps=25")).wait()
     assert done.returncode == 3
-    assert "  optim.lr: 0.003 -> 0.5\n  train.steps: 40 -> 41" in done.stderr
+    assert "  optim.lr: 0.003 -> 0.5\n  train.steps: 24 -> 25" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -74,7 +74,7 @@ def test_init_from_takes_the_weights_and_nothing_else(uninterrupted: Path, start
         *train(run_dir, f"train.init_from={uninterrupted}", "train.steps=1", "optim.warmup_steps=0", "optim.lr=1e-12")
     ).wait()
     assert done.returncode == 0, done.stderr
-    ours, theirs = arrays(run_dir, 1), arrays(uninterrupted, 40)
+    ours, theirs = arrays(run_dir, 1), arrays(uninterrupted, STEPS)
     assert int(ours["/step"]) == 1 and int(ours["/batch_index"]) == 1
     for name in (name for name in ours if name.startswith("/params/")):
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-10)
@@ -94,6 +94,7 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_given_up(start: Sta
     assert newest(run_dir) < bad[0]["step"]
 
 
+@pytest.mark.slow
 def test_one_bad_batch_is_skipped_and_its_checkpoint_waits(start: Start, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     done = start("-c", POISONED, *train(run_dir, "train.steps=12")[2:]).wait()
@@ -122,14 +123,15 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_cannot_be_written_is_code_74_and_the_last_good_checkpoint_stays(
     uninterrupted: Path, start: Start, tmp_path: Path
 ) -> None:
-    run_dir = copy_at(uninterrupted, tmp_path, 32)
+    run_dir = copy_at(uninterrupted, tmp_path, 20)
     done = start("-c", FULL_DISK, *train(run_dir)[2:]).wait()
     assert done.returncode == 74, done.stderr
-    assert "checkpoint 36 cannot be saved" in done.stderr and "Traceback" not in done.stderr
-    assert newest(run_dir) == 32
+    assert "checkpoint 24 cannot be saved" in done.stderr and "Traceback" not in done.stderr
+    assert newest(run_dir) == 20
     assert start(*train(run_dir)).wait().returncode == 0
     assert_same_history(run_dir, uninterrupted)
 

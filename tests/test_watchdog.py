@@ -209,6 +209,7 @@ def test_a_stall_leaves_stacks_and_a_line(start: Start, tmp_path: Path) -> None:
     assert json.loads((run_dir / "heartbeats" / "0.json").read_text())["ended"] == "done"
 
 
+@pytest.mark.slow
 def test_a_failing_disk_ends_nothing_but_a_stall(start: Start, tmp_path: Path) -> None:
     """The stacks are on stderr then, and the exit code is the same."""
     reasons = {"gone": "No such file", "full": "No space left"}
@@ -246,6 +247,7 @@ Watchdog = ByTheClock
 """
 
 
+@pytest.mark.slow
 def test_time_asleep_is_no_stall(start: Start, tmp_path: Path) -> None:
     """A phase of 6 s, a limit of 9, and 9 s asleep in the middle; the proof is that a watchdog with a clock fails."""
     two = [watched(start, tmp_path / "ticks", "asleep", floor_s=8)]
@@ -260,6 +262,7 @@ def test_time_asleep_is_no_stall(start: Start, tmp_path: Path) -> None:
     assert clock.returncode == 76 and "stalled" in clock.stderr, clock
 
 
+@pytest.mark.slow
 def test_what_is_left_of_an_attempt_ends_when_it_wakes(start: Start, tmp_path: Path) -> None:
     """Stopped, and forgotten by whatever restarted the job: it must not go on beside the next attempt."""
     run_dir = tmp_path / "run"
@@ -294,7 +297,8 @@ def train_two(
     return both
 
 
-@pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", [1, 0])
 def test_a_stopped_process_is_named_and_the_others_end(start: Start, tmp_path: Path, stopped: int) -> None:
     run_dir = tmp_path / "run"
     both = train_two(start, run_dir, *QUICK)
@@ -355,8 +359,8 @@ def test_a_hung_loader_is_named_with_its_phase(start: Start, tmp_path: Path) -> 
 def test_who_wakes_in_time_raises_no_alarm(start: Start, tmp_path: Path) -> None:
     """One process for less than the limit, then the other; and the whole job for longer, as `scontrol suspend` does."""
     run_dir = tmp_path / "run"
-    both = train_two(start, run_dir, *LONG, "train.steps=400", "watchdog.floor_s=9", "watchdog.grace_s=1")
-    for made, stopped, seconds in ((10, both[:1], 4), (100, both[1:], 4), (200, both, 14)):
+    both = train_two(start, run_dir, *LONG, "train.steps=400", "watchdog.floor_s=5", "watchdog.grace_s=1")
+    for made, stopped, seconds in ((10, both[:1], 2), (100, both[1:], 2), (200, both, 9)):
         wait_for(functools.partial(has_lines, run_dir, made), both[0])
         for running in stopped:
             running.process.send_signal(signal.SIGSTOP)
