@@ -2,6 +2,7 @@
 
 python3 dev.py quickstart [path=value ...]    train, evaluate and report on configs/quickstart.py
 python3 dev.py test [--all] [pytest's ...]    the tests without the slow ones; --all: all, and on a second Python
+python3 dev.py test -m whole                  the rest of the long proofs, of which --all runs a sample
 python3 dev.py lint                           ruff and the type checker
 python3 dev.py setup [extra ...]              only make the environment, with extras of setup.cfg
 """
