@@ -14,16 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import jax  # noqa: E402
+import tests.conftest  # noqa: E402, F401  comes before JAX, which it sets up
 
-from llm_jax.distributed import order_collectives  # noqa: E402
+import jax  # noqa: E402  isort: skip
+
 from tests.invariance import TOLERANCE, Difference, Setting, difference, matrix, one_device, outcome  # noqa: E402
-
-order_collectives(processes=1)
 
 HEAD = """# The invariance matrix
 

@@ -27,8 +27,9 @@ EMULATED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
-# Half of the suite's time went into LLVM. The same programs, collectives and orders of sums, in slower code that may
-# round elsewhere, so it is compared with its like; what the documents say to type, and the kill loop, run without.
+# Half of the suite's time went into LLVM, which makes slower code of the same program here: the same collectives and
+# orders of sums, rounded elsewhere at times, so what is compared is compiled alike. What is cut into parts for several
+# threads is more work for all of them together. What the documents say to type, and the kill loop, run without this.
 QUICKLY_COMPILED = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_parallel_codegen_split_count=1"

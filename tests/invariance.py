@@ -21,7 +21,7 @@ from llm_jax.model.transformer import Weights, abstract_model
 from llm_jax.objective import loss as objectives
 from llm_jax.objective.config import CausalConfig, MlmConfig, ObjectiveConfig
 from llm_jax.train.step import divide, gradient_sums
-from tests.small import CFG, QUICKLY, SETTINGS, U, deviation, mesh_of, put, ragged_rows, weights_of
+from tests.small import CFG, SETTINGS, U, deviation, mesh_of, put, ragged_rows, weights_of
 
 MODELS = {
     "dense": CFG,
@@ -156,7 +156,7 @@ def outcome(setting: Setting) -> Outcome:
     with jax.set_mesh(mesh):
         weights = put_all(cfg, mesh)
         rows_ABU = put(rows().reshape(A, ROWS // A, U), "ABU", mesh)
-        computed = jax.jit(make_gradient(cfg, objective), compiler_options=QUICKLY)(weights, rows_ABU)
+        computed = jax.jit(make_gradient(cfg, objective))(weights, rows_ABU)
         loss, gradient, chosen, loads = jax.device_get(computed)
     flat = {name: np.concatenate(list(of_A), axis=1) for name, of_A in chosen.items()}
     return Outcome(loss, gradient, flat, loads)
@@ -223,7 +223,7 @@ def nearest_scores(objective: str) -> float:
     mesh = mesh_of()
     with jax.set_mesh(mesh), unittest.mock.patch.object(moe, "choose", watched):
         rows_ABU = put(rows()[None], "ABU", mesh)
-        compute = jax.jit(make_gradient(cfg, OBJECTIVES[objective]), compiler_options=QUICKLY)
+        compute = jax.jit(make_gradient(cfg, OBJECTIVES[objective]))
         jax.block_until_ready(compute(put_all(cfg, mesh), rows_ABU))
     jax.effects_barrier()
     assert gaps

@@ -20,7 +20,7 @@ from llm_jax.model.backends import resolve
 from llm_jax.model.config import LayerConfig, ModelConfig
 from llm_jax.model.sight import Places, Sight
 from tests.reference_attention import Inputs, inputs, reference, sees
-from tests.small import QUICKLY, mesh_of, put, slowly
+from tests.small import mesh_of, put, slowly
 
 SHARDED = {"context": 2, "fsdp": 2, "tensor": 2}
 
@@ -87,7 +87,7 @@ def program(backend: str, case: Case, shape: tuple[int, ...], K: int, mesh: tupl
     with jax.set_mesh(devices):
         floats, ints = [example(a, jnp.float32) for a in ("BTHC", "BTKC", "BTKC", "H")], example("BT", jnp.int32)
         lowered = jax.jit(with_gradients).lower(*floats, ints, ints, floats[0])
-        return lowered.compile(QUICKLY)
+        return lowered.compile()
 
 
 def run(backend: str, case: Case, x: Inputs, mesh: dict[str, int]) -> list[np.ndarray]:
@@ -248,7 +248,7 @@ def cost(backend: str, case: Case, length: int) -> tuple[int, float]:
     with jax.set_mesh(mesh_of()):
         x, at = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32), jax.ShapeDtypeStruct((1, length), jnp.int32)
         traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x, at)
-        memory = traced.lower().compile(QUICKLY).memory_analysis()
+        memory = traced.lower().compile().memory_analysis()
     assert memory is not None
     return memory.temp_size_in_bytes, exponentials(traced.jaxpr.jaxpr)
 
@@ -290,7 +290,6 @@ def test_scores_and_softmax_are_float32_in_bfloat16():
         for backend in ("xla", "chunked", "splash"):
             o = jax.jit(
                 lambda q, k, v, backend=backend: attention(q, k, v, here, here, backend=backend, **how),
-                compiler_options=QUICKLY,
             )(*qkv)
             assert o.dtype == jnp.bfloat16
             assert np.max(np.abs(np.asarray(o, np.float64) - right)) < 2**-6

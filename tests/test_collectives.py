@@ -22,7 +22,7 @@ from llm_jax.objective.config import CausalConfig
 from llm_jax.optim.config import AdamWConfig
 from llm_jax.train.state import TrainState, abstract_state, init_state
 from llm_jax.train.step import make_step
-from tests.small import CFG, QUICKLY, SETTINGS, B, U, mesh_of, put, ragged_rows, slowly
+from tests.small import CFG, SETTINGS, B, U, mesh_of, put, ragged_rows, slowly
 
 OPTIM = AdamWConfig()
 Step = Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]
@@ -47,7 +47,7 @@ def compile_anew(lowered: jax.stages.Lowered) -> str:
 
 def text_of(lowered: jax.stages.Lowered) -> str:
     """The optimised program."""
-    text = lowered.compile(QUICKLY).as_text()
+    text = lowered.compile().as_text()
     assert text is not None
     return text
 
@@ -159,9 +159,9 @@ def programs_compiled(wrap: Callable[[Step], Step], mesh: dict[str, int], donate
     """How many programs three updates need, each from the state before, with nothing moved between host and devices."""
     devices = mesh_of(**mesh)
     with jax.set_mesh(devices):
-        state = jax.jit(lambda: init_state(CFG, OPTIM, 0), compiler_options=QUICKLY)()
+        state = jax.jit(lambda: init_state(CFG, OPTIM, 0))()
         batches = [put(ragged_rows(seed)[None], "ABU", devices) for seed in range(3)]
-        step = jax.jit(wrap(step_function()), donate_argnums=donate, compiler_options=QUICKLY)
+        step = jax.jit(wrap(step_function()), donate_argnums=donate)
         with jax.transfer_guard("disallow"):
             for rows_ABU in batches:
                 state, _ = step(state, rows_ABU)

@@ -16,7 +16,7 @@ from llm_jax.model.config import ModelConfig
 from llm_jax.model.transformer import Head
 from llm_jax.objective import cross_entropy
 from llm_jax.objective.cross_entropy import cross_entropy_sums, token_scores
-from tests.small import CFG, QUICKLY, mesh_of, put
+from tests.small import CFG, mesh_of, put
 
 B, T, D = 8, 16, 16
 MESHES = {
@@ -79,7 +79,7 @@ def fused(cfg: ModelConfig, z_loss: float, mesh: dict[str, int], scale: float = 
 
     with jax.set_mesh(devices):
         placed = put(x, "BTD", devices), put(targets, "BT", devices), put(weights, "BT", devices)
-        function = jax.jit(with_gradients, compiler_options=QUICKLY)
+        function = jax.jit(with_gradients)
         *results, without_gradient = jax.device_get(function(*placed, put_head(cfg, devices, *of_head)))
     np.testing.assert_allclose(without_gradient, results[0], rtol=1e-6)
     return results
@@ -144,7 +144,7 @@ def scores(
 def scoring(json: str) -> Callable[[Array, Head, Array], tuple[Array, Array]]:
     """token_scores for a config as JSON, compiled once a mesh."""
     cfg = ModelConfig.model_validate_json(json)
-    return jax.jit(lambda x, head, targets: token_scores(x, head, targets, cfg), compiler_options=QUICKLY)
+    return jax.jit(lambda x, head, targets: token_scores(x, head, targets, cfg))
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -15,7 +15,7 @@ from llm_jax.model import decode
 from llm_jax.model.backends import resolve
 from llm_jax.model.config import LayerConfig, ModelConfig, MoeConfig
 from llm_jax.model.transformer import abstract_model, logits
-from tests.small import CFG, QUICKLY, mesh_of
+from tests.small import CFG, mesh_of
 
 T, N = 12, 10
 LENGTHS = (5, 9, 12, 3)
@@ -70,11 +70,9 @@ def greedy(kind: str, sizes: tuple[tuple[str, int], ...] = ()) -> tuple[np.ndarr
         graph, w = abstract_model(cfg).graph, put(kind, cfg, mesh)
         begin = jax.jit(
             lambda w, tokens_BT, start_B: decode.prefill(nnx.merge(graph, *w), tokens_BT, start_B, T + N, cfg),
-            compiler_options=QUICKLY,
         )
         step = jax.jit(
             lambda w, token_B, t, cache: decode.step(nnx.merge(graph, *w), token_B, t, cache, cfg),
-            compiler_options=QUICKLY,
         )
         logits_BV, cache = begin(w, on_mesh(tokens_BT), by_row(start_B))
         seen, new = [], []
@@ -94,7 +92,7 @@ def full(kind: str) -> np.ndarray:
         cfg = cfg_of(kind, mesh_of())
         graph, w = abstract_model(cfg).graph, put(kind, cfg, mesh_of())
 
-        @functools.partial(jax.jit, compiler_options=QUICKLY)
+        @jax.jit
         def forward(w, tokens_BT, positions_BT):
             model = nnx.merge(graph, *w)
             return logits(model, model(tokens_BT, jnp.zeros_like(tokens_BT), positions_BT, cfg)[0], cfg)

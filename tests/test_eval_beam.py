@@ -16,7 +16,7 @@ from llm_jax.eval.restore import for_decoding
 from llm_jax.eval.sampling import Sampling
 from llm_jax.model.transformer import abstract_model, logits
 from tests.small import CFG as SMALL
-from tests.small import QUICKLY, mesh_of, put_weights, weights_of
+from tests.small import mesh_of, put_weights, weights_of
 
 CFG = SMALL.model_copy(update={"logit_soft_cap": None})
 SEQ_LEN, N = 32, 10
@@ -79,7 +79,7 @@ def forward():
             hidden_BTD, _ = model(tokens_BT, jax.numpy.zeros_like(tokens_BT), positions_BT, CFG)
             return jax.nn.log_softmax(logits(model, hidden_BTD, CFG))
 
-        return jax.jit(log_shares, compiler_options=QUICKLY)
+        return jax.jit(log_shares)
 
 
 @functools.cache

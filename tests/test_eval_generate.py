@@ -20,7 +20,7 @@ from llm_jax.eval.restore import for_decoding
 from llm_jax.eval.sampling import Sampling, draw, filtered
 from llm_jax.model.transformer import abstract_model, logits
 from tests.small import CFG as SMALL
-from tests.small import QUICKLY, mesh_of, put_weights, weights_of
+from tests.small import mesh_of, put_weights, weights_of
 
 CFG = SMALL.model_copy(update={"vocab_size": 300})
 SEQ_LEN = 48
@@ -74,7 +74,7 @@ def all_logits():
     with jax.set_mesh(mesh_of()):
         graph, params = abstract_model(CFG).graph, put_weights(weights_of(CFG), CFG, mesh_of())
 
-        @functools.partial(jax.jit, compiler_options=QUICKLY)
+        @jax.jit
         def all_logits(tokens_BT: Array) -> Array:
             model = generate.nnx.merge(graph, params, {})
             positions_BT = jnp.arange(tokens_BT.shape[1])[None]

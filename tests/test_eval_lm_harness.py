@@ -34,7 +34,7 @@ from llm_jax.run_directory import Refused
 from llm_jax.train.state import init_state
 from tests.bigram import config_of, drawn_table, log_softmax, weights_for
 from tests.conftest import ROOT, LaunchProcesses, Start
-from tests.small import QUICKLY, mesh_of, put_weights
+from tests.small import mesh_of, put_weights
 
 CFG = config_of(300)
 TEXT = "the cat sat on the mat.\nthe dog ran to the cat.\n"
@@ -127,7 +127,7 @@ def task_files(folder: Path, made: Made) -> None:
 
 def save(run_dir: Path, run: Run, tokenizer: Tokenizer, params) -> None:
     with jax.set_mesh(mesh_of(fsdp=8)):
-        state = jax.jit(lambda: init_state(CFG, AdamWConfig(), 0), compiler_options=QUICKLY)()
+        state = jax.jit(lambda: init_state(CFG, AdamWConfig(), 0))()
         state = dataclasses.replace(state, params=put_weights(params, CFG, mesh_of(fsdp=8)))
         meta = {"format": 1, "run": tree(run), "tokenizer": tokenizer.fingerprint, "data": "0", "versions": {}}
         with contextlib.closing(Checkpoints(run_dir / "checkpoints", keep=9)) as checkpoints:

@@ -39,7 +39,7 @@ from llm_jax.run_directory import Refused
 from llm_jax.train.start import checkpoint_meta
 from llm_jax.train.state import init_state
 from tests.conftest import LaunchProcesses
-from tests.small import QUICKLY, mesh_of
+from tests.small import mesh_of
 from tests.test_eval_verbs import MODEL, SHORT, Made, evaluate, save, text_source, write_texts
 
 WEIGHTS = (nnx.State({}), nnx.State({}))
@@ -55,7 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     run = Run(name="masked", run_dir=str(root / "run"), model=MODEL, data=data, objective=MlmConfig(rate=0.3), eval=few)
     prepared = prepare(data, run.tokenizer, MODEL.vocab_size, run.seed, report=lambda line: None)
     with jax.set_mesh(mesh_of()):
-        init = jax.jit(lambda: init_state(MODEL, AdamWConfig(), 0), compiler_options=QUICKLY)
+        init = jax.jit(lambda: init_state(MODEL, AdamWConfig(), 0))
         meta, state = checkpoint_meta(run, prepared, {}), init()
         save(root / "run", 20, state, meta)
         halved = jax.tree.map(lambda weight: weight / 2, state.params)

@@ -33,7 +33,7 @@ from llm_jax.objective.config import MlmConfig
 from llm_jax.objective.mlm import unit_numbers
 from tests.conftest import LaunchProcesses
 from tests.small import CFG as SMALL
-from tests.small import QUICKLY, mesh_of, put_weights
+from tests.small import mesh_of, put_weights
 
 SEQ_LEN = 64
 V = 300
@@ -89,7 +89,7 @@ def alone():
         return jax.nn.log_softmax(logits(model, x_BTD, CFG)[0, place])
 
     with jax.set_mesh(mesh):
-        return jax.jit(of, compiler_options=QUICKLY), (put_weights(drawn_weights(), CFG, mesh), {}), mesh
+        return jax.jit(of), (put_weights(drawn_weights(), CFG, mesh), {}), mesh
 
 
 def one_mask_at_a_time(pair: Pair, words_V2) -> tuple[float, bool, int]:

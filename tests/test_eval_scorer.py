@@ -19,7 +19,7 @@ from llm_jax.eval.perplexity import HeldOut, NotFinite, compressed, held_out_of,
 from llm_jax.eval.scorer import make_score
 from llm_jax.model.transformer import abstract_model, logits
 from tests.small import CFG as SMALL
-from tests.small import QUICKLY, mesh_of, put_weights, weights_of
+from tests.small import mesh_of, put_weights, weights_of
 
 # So few pieces that some first guesses are right.
 CFG = SMALL.model_copy(update={"vocab_size": 20})
@@ -50,7 +50,7 @@ def forward():
     with jax.set_mesh(mesh_of()):
         graph = abstract_model(CFG).graph
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @jax.jit
     def all_logits(params, tokens_BT):
         positions_BT = jnp.broadcast_to(jnp.arange(T)[None], tokens_BT.shape)
         model = nnx.merge(graph, params, {})

@@ -32,7 +32,7 @@ from llm_jax.eval.suite_edits import (
 from llm_jax.eval.tasks import untrained
 from llm_jax.optim.config import AdamWConfig
 from llm_jax.train.state import init_state
-from tests.small import CFG, QUICKLY, mesh_of
+from tests.small import CFG, mesh_of
 
 SEQ_LEN = 96
 UNPARSABLE = [name for name, kind in KINDS.items() if kind.unparsable]
@@ -273,7 +273,7 @@ def test_a_masked_model_is_asked_for_the_edited_line_and_the_next_given_those_be
 
 def test_the_untrained_model_is_the_one_that_training_began_with():
     with jax.set_mesh(mesh_of(fsdp=2)):
-        begun = jax.jit(lambda: init_state(CFG, AdamWConfig(), 3), compiler_options=QUICKLY)()
+        begun = jax.jit(lambda: init_state(CFG, AdamWConfig(), 3))()
         params, balance = untrained(CFG, 3)
     # The programs differ in what else they make, and so in how they round.
     close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import json
@@ -46,7 +45,7 @@ from llm_jax.train.config import MeshConfig
 from llm_jax.train.start import checkpoint_meta
 from llm_jax.train.state import TrainState, init_state
 from tests.conftest import Cli, LaunchProcesses, Start
-from tests.small import QUICKLY, mesh_of
+from tests.small import mesh_of
 
 MODEL = ModelConfig(d_model=16, d_ff=32, n_layers=2, n_heads=8, n_kv_heads=4, d_head=4, vocab_size=320)
 NAMES = ("step", "loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes")
@@ -91,7 +90,7 @@ def save(run_dir: Path, step: int, state: TrainState, meta: dict) -> None:
     checkpoints.close()
 
 
-@functools.partial(jax.jit, compiler_options=QUICKLY)
+@jax.jit
 def first_state(seed: int) -> TrainState:
     return init_state(MODEL, AdamWConfig(), seed)
 

@@ -1,6 +1,5 @@
 """`llm-jax eval --watch`: every checkpoint once, in order, whoever is killed; and what eval.jsonl says is so."""
 
-import functools
 import json
 import shutil
 import signal
@@ -31,7 +30,7 @@ from llm_jax.train.config import TrainConfig
 from llm_jax.train.start import checkpoint_meta
 from llm_jax.train.state import init_state
 from tests.conftest import Start, free_port
-from tests.small import QUICKLY, mesh_of
+from tests.small import mesh_of
 from tests.test_eval_verbs import MODEL, SHORT, text_source, write_texts
 from tests.training import train, wait_for
 
@@ -53,7 +52,7 @@ class Saver(NamedTuple):
         checkpoints.close()
 
 
-@functools.partial(jax.jit, compiler_options=QUICKLY)
+@jax.jit
 def _state(seed: int) -> Any:
     return init_state(MODEL, AdamWConfig(), seed)
 

@@ -27,8 +27,8 @@ from llm_jax.optim.config import AdamWConfig
 from llm_jax.train.state import with_weights
 from llm_jax.train.step import gradient_sums, make_step
 from tests.small import (
+    AS_SHIPPED,
     CFG,
-    QUICKLY,
     SETTINGS,
     B,
     U,
@@ -78,14 +78,14 @@ def train(
     devices = mesh_of(**(mesh or {}))
     weights = put_weights(weights_of(cfg), cfg, devices)
     with jax.set_mesh(devices):
-        state = jax.jit(lambda params: with_weights(params, nnx.State({}), OPTIM), compiler_options=QUICKLY)(weights)
+        state = jax.jit(lambda params: with_weights(params, nnx.State({}), OPTIM))(weights)
         step = make_step(cfg, OBJECTIVE, OPTIM, **SETTINGS, steps=4)
         compiled = None
         outcome = Outcome([], [])
         for rows in BATCHES:
             rows_ABU = put(rows.reshape(accumulation, B // accumulation, U), "ABU", devices)
             if compiled is None:
-                compiled = jax.jit(step).lower(state, rows_ABU).compile(None if optimised else QUICKLY)
+                compiled = jax.jit(step).lower(state, rows_ABU).compile(AS_SHIPPED if optimised else None)
             state, metrics = compiled(state, rows_ABU)
             outcome.metrics.append(jax.device_get(metrics))
             outcome.gradients.append(jax.device_get(state.opt_state[0].mu))

@@ -19,7 +19,7 @@ from llm_jax.model.flash_tiles import tiles_for
 from llm_jax.model.intervals import Intervals, intervals, visits
 from llm_jax.model.sight import Places, Sight
 from tests.reference_attention import inputs, places, reference, sees
-from tests.small import QUICKLY, mesh_of
+from tests.small import mesh_of
 from tests.test_attention import CASES, SHARDED, STARTS, Case, T, difference, expected, program, run, wrong_dependences
 
 KNOWN = [name for name, case in CASES.items() if not case.sight.global_tokens]
@@ -43,7 +43,7 @@ def test_a_query_sees_an_interval(name):
     segments, positions = places(borders)
     segments[segments == segments.max()] = -1
     # Compiled as one: operation by operation it is dozens of programs.
-    seen = jax.jit(lambda *places: intervals(Places(*places), sight), compiler_options=QUICKLY)(segments, positions)
+    seen = jax.jit(lambda *places: intervals(Places(*places), sight))(segments, positions)
     low_T1, high_T1 = (np.asarray(x)[0][:, None] for x in seen)
     s_1S = np.arange(T)[None]
     assert np.array_equal((low_T1 <= s_1S) & (s_1S < high_T1), sees(sight, segments[0], positions[0]))
@@ -60,7 +60,7 @@ def test_tiles_outside_are_not_visited_and_those_inside_have_no_mask(name):
         padded = (jnp.pad(a, ((0, 0), (0, 64)), constant_values=v) for a, v in zip(seen, (T, 0), strict=True))
         return visits(Intervals(*padded), queries, keys, T)
 
-    found = jax.jit(visited, compiler_options=QUICKLY)(x.segments_BT, x.positions_BT)
+    found = jax.jit(visited)(x.segments_BT, x.positions_BT)
     of_queries, of_keys = np.asarray(found.of_queries), np.asarray(found.of_keys)
     for b in range(3):
         pairs = sees(CASES[name].sight, x.segments_BT[b], x.positions_BT[b])

@@ -19,7 +19,7 @@ from llm_jax.model import grouped_mosaic, grouped_tiled, kernels
 from llm_jax.model.grouped_matmul import Backend, grouped_matmul
 from llm_jax.model.moe import resolve_moe
 from llm_jax.model.paths import placed
-from tests.small import QUICKLY, mesh_of
+from tests.small import mesh_of
 from tests.test_flash import ANNOUNCED, gpus, lowered_for_cuda
 from tests.test_moe import MESHES, B, D, T, abstract_moe, assert_right, compiled, config, expected, inputs, result
 
@@ -49,7 +49,7 @@ def wrongness(backend: Backend, sizes_E: np.ndarray, R: int, D: int, F: int) -> 
         )
         return y_RF, *pull(dy_RF)
 
-    got = jax.device_get(jax.jit(both, compiler_options=QUICKLY)(x_RD, weight_EDF, dy_RF))
+    got = jax.device_get(jax.jit(both)(x_RD, weight_EDF, dy_RF))
     right = [np.zeros(a.shape, np.float64) for a in got]
     stops = np.cumsum(sizes_E)
     for e, (start, stop) in enumerate(zip(stops - sizes_E, stops, strict=True)):
@@ -81,7 +81,7 @@ def test_a_tpu_does_each_rows_work_once(sizes, at_least):
     """Every row is in one visit, and every tile is left for good; so work grows by a tile a group, not by E times."""
     R, rows = 587, 128
     # Compiled as one: operation by operation it is a dozen programs.
-    visits = jax.jit(lambda sizes_E: grouped_mosaic._visits(sizes_E, R, rows, at_least), compiler_options=QUICKLY)
+    visits = jax.jit(lambda sizes_E: grouped_mosaic._visits(sizes_E, R, rows, at_least))
     group, tile, start, stop = jax.device_get(visits(np.array(sizes)))
     seen = np.zeros(R, int)
     for n in np.flatnonzero(stop > start):

@@ -24,7 +24,7 @@ from llm_jax.model.layers import sight_of
 from llm_jax.model.sight import Places
 from llm_jax.model.transformer import Weights, abstract_model, angles_by_theta, logits
 from tests.bigram import config_of, drawn_table, log_softmax, weights_for
-from tests.small import CFG, QUICKLY, mesh_of
+from tests.small import CFG, mesh_of
 
 T = 24
 N = 17  # tokens of a text; the rest of its row is padding
@@ -105,7 +105,7 @@ class Both(NamedTuple):
 def both(kind: str, causal: bool) -> Both:
     cfg, ids = cfg_of(kind), np.pad(np.array(text(N), np.int32), (0, T - N))
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @jax.jit
     def run(weights: Weights, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array) -> tuple:
         model = nnx.merge(abstract_model(cfg).graph, *weights)
         x_BTD, routing = model(tokens_BT, segments_BT, positions_BT, cfg, causal=causal)
@@ -218,7 +218,7 @@ def test_a_masked_models_losses_are_a_plain_loops() -> None:
     with jax.set_mesh(mesh_of()):
         graph, weights = abstract_model(cfg).graph, put(weights_of(kind), cfg)
 
-        @functools.partial(jax.jit, compiler_options=QUICKLY)
+        @jax.jit
         def alone(weights: Weights, tokens_BT: jax.Array) -> jax.Array:
             model, place_BT = nnx.merge(graph, *weights), jnp.arange(N)[None]
             x_BTD, _ = model(tokens_BT, jnp.zeros_like(tokens_BT), place_BT, cfg, causal=False)

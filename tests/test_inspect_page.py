@@ -32,7 +32,7 @@ from llm_jax.optim.config import AdamWConfig
 from llm_jax.run import Run
 from llm_jax.train.state import init_state
 from tests.conftest import LaunchProcesses, Start
-from tests.small import QUICKLY, mesh_of
+from tests.small import mesh_of
 
 MODEL = ModelConfig(
     d_model=16,
@@ -62,7 +62,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     tokenizer = tokenizers.train(["the cat sat on the mat.\nthe dog ran to the cat.\n" * 30], TokenizerConfig(), 300)
     made = Made(root / "causal", root / "masked", tokenizer)
     with jax.set_mesh(mesh_of(fsdp=8)):
-        arrays = jax.jit(lambda: to_tree(init_state(MODEL, AdamWConfig(), 0)), compiler_options=QUICKLY)()
+        arrays = jax.jit(lambda: to_tree(init_state(MODEL, AdamWConfig(), 0)))()
         for run_dir, objective in ((made.causal, CausalConfig()), (made.masked, MlmConfig())):
             data = DataConfig(seq_len=96)
             run = Run(name="<b>seen", run_dir=str(run_dir), model=MODEL, data=data, objective=objective)

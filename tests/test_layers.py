@@ -19,7 +19,7 @@ from llm_jax.objective import causal, loss
 from llm_jax.objective.config import CausalConfig
 from llm_jax.train.step import gradient_sums
 from tests.reference import Reference
-from tests.small import CFG, QUICKLY, deviation, mesh_of, put, put_weights, ragged_rows, slowly, weights_of
+from tests.small import CFG, deviation, mesh_of, put, put_weights, ragged_rows, slowly, weights_of
 
 ROWS = ragged_rows(0)
 SHARDED = {"context": 2, "fsdp": 2, "tensor": 2}
@@ -87,7 +87,7 @@ def logits_of(cfg: ModelConfig, params: nnx.State, is_causal: bool) -> np.ndarra
     mesh = mesh_of()
     with jax.set_mesh(mesh):
         placed = put_weights(params, cfg, mesh), put(ROWS, "BU", mesh)
-        return np.asarray(jax.jit(forward, compiler_options=QUICKLY)(*placed))[..., : cfg.vocab_size]
+        return np.asarray(jax.jit(forward)(*placed))[..., : cfg.vocab_size]
 
 
 def difference(cfg: ModelConfig, *, is_causal: bool) -> float:
@@ -139,7 +139,7 @@ def gradient_and_loss(cfg: ModelConfig, mesh_sizes: dict[str, int]) -> tuple[nnx
 
     with jax.set_mesh(mesh):
         arguments = put_weights(weights_of(cfg), cfg, mesh), put(ROWS[None], "ABU", mesh)
-        result, value = jax.jit(gradient, compiler_options=QUICKLY)(*arguments)
+        result, value = jax.jit(gradient)(*arguments)
         assert jax.tree.map(jax.typeof, result) == jax.tree.map(jax.typeof, arguments[0])
         return jax.device_get(result), float(value)
 
@@ -171,7 +171,7 @@ def start(cfg: ModelConfig) -> dict[str, Any]:
         return {"layers": layers, "unembed": tree["unembed"]}
 
     with jax.set_mesh(mesh_of()):
-        return jax.device_get(jax.jit(init, compiler_options=QUICKLY)(jax.random.key(0)))
+        return jax.device_get(jax.jit(init)(jax.random.key(0)))
 
 
 BOTH = pytest.mark.parametrize("name", [slowly("all alike"), "one by one"])
@@ -206,7 +206,7 @@ def routing_of(cfg: ModelConfig, params: nnx.State) -> dict[str, Routing]:
     mesh = mesh_of()
     with jax.set_mesh(mesh):
         placed = put_weights(params, cfg, mesh), put(ROWS, "BT", mesh)
-        return jax.device_get(jax.jit(forward, compiler_options=QUICKLY)(*placed))
+        return jax.device_get(jax.jit(forward)(*placed))
 
 
 def test_routing_comes_by_place_and_its_scalars_are_sums_over_layers():

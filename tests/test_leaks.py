@@ -20,7 +20,7 @@ from llm_jax.objective import causal
 from llm_jax.objective import loss as objectives
 from llm_jax.objective.config import CausalConfig
 from tests.reference_attention import places, sees
-from tests.small import CFG, QUICKLY, B, mesh_of, packed_row, put, put_weights, ragged_rows, slowly, weights_of
+from tests.small import CFG, B, mesh_of, packed_row, put, put_weights, ragged_rows, slowly, weights_of
 
 SHARDED = {"context": 2, "fsdp": 2, "tensor": 2}
 
@@ -79,7 +79,7 @@ def wrong_dependences(kind: Kind, backend: str, mesh: dict[str, int]) -> int:
 
     with jax.set_mesh(devices):
         arguments = [put(array, "BT", devices) for array in (tokens, segments, positions)]
-        gradient = jax.jit(jax.grad(answer), compiler_options=QUICKLY)(
+        gradient = jax.jit(jax.grad(answer))(
             put_weights(weights_of(cfg), cfg, devices), *arguments, put(probe, "BTD", devices)
         )
         embed_VD = np.asarray(gradient["embed"].get_value())
@@ -105,7 +105,7 @@ def change_outside(kind: Kind, backend: str, mesh: dict[str, int]) -> float:
 
     with jax.set_mesh(devices):
         params = put_weights(weights_of(cfg), cfg, devices)
-        forward = jax.jit(logits_of, compiler_options=QUICKLY)
+        forward = jax.jit(logits_of)
         before, after = (
             np.asarray(forward(params, put(r, "BU", devices)))[..., : cfg.vocab_size] for r in (rows, perturbed)
         )
@@ -140,7 +140,7 @@ def loss_of_packing(cfg: ModelConfig = CFG) -> float:
 
     with jax.set_mesh(devices):
         params = put_weights(weights_of(cfg), cfg, devices)
-        forward = jax.jit(loss_sums, compiler_options=QUICKLY)
+        forward = jax.jit(loss_sums)
         packed = ragged_rows(0)
         loss, weight = forward(params, put(packed[None], "ABU", devices))
         apart = [
@@ -202,10 +202,10 @@ def test_nobody_looks_at_padding_and_a_segment_shared_with_it_is_seen():
 
     with jax.set_mesh(devices):
         params, rows_ABU = put_weights(weights_of(CFG), CFG, devices), put(ragged_rows(0)[None], "ABU", devices)
-        gradient = jax.jit(jax.grad(seen), compiler_options=QUICKLY)
+        gradient = jax.jit(jax.grad(seen))
         weights = [
             np.abs(gradient(params, rows_ABU, segments_ABT)["embed"].get_value()[PAD_ID]).max()
-            for segments_ABT in jax.jit(segments, compiler_options=QUICKLY)(rows_ABU)
+            for segments_ABT in jax.jit(segments)(rows_ABU)
         ]
     assert weights[0] == weights[1] == 0 and weights[2] > 1e-3
 

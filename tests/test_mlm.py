@@ -27,7 +27,6 @@ from llm_jax.train import step as steps
 from llm_jax.train.state import TrainState, with_weights
 from tests.small import (
     CFG,
-    QUICKLY,
     SETTINGS,
     B,
     U,
@@ -105,7 +104,7 @@ def _drawing(json: str) -> Callable[[Array, np.uint32, np.uint32], Batch]:
         keys_AB = row_keys(jax.random.key(seed), first, *rows_ABU.shape[:2])
         return objectives.make_batch(rows_ABU, keys_AB, objective, WORD_STARTS, cross_documents=False)
 
-    return jax.jit(batch, compiler_options=QUICKLY)
+    return jax.jit(batch)
 
 
 def asked(batch: Drawn, row: int) -> np.ndarray:
@@ -220,7 +219,7 @@ def test_spans_have_geometric_lengths_and_end_with_their_document() -> None:
 
 @pytest.mark.parametrize("rate", [0.15, slowly(0.5)])
 def test_spans_are_hidden_whole_and_within_the_budget(rate: float) -> None:
-    choose = jax.jit(lambda unit_T, key: mlm.choose(unit_T, key, rate, math.ceil(rate * T)), compiler_options=QUICKLY)
+    choose = jax.jit(lambda unit_T, key: mlm.choose(unit_T, key, rate, math.ceil(rate * T)))
     short = 0
     for seed, row_U in enumerate(np.concatenate([ROWS] * 4)):
         key = jax.random.key(seed)
@@ -345,7 +344,7 @@ def gradient(at: int, view: Callable[[Batch], Batch] = lambda batch_A: batch_A) 
 
     with jax.set_mesh(devices):
         params = put_weights(weights_of(CFG), CFG, devices)
-        result = jax.jit(summed, compiler_options=QUICKLY)(params, put(BATCH[None], "ABU", devices))
+        result = jax.jit(summed)(params, put(BATCH[None], "ABU", devices))
         return jax.device_get((result.statistics, result.gradient))
 
 
@@ -392,10 +391,10 @@ class Updates:
         settings: dict[str, Any] = SETTINGS | {"word_starts_V": WORD_STARTS}
         with jax.set_mesh(self.devices):
             weights = put_weights(weights_of(CFG), CFG, self.devices)
-            begin = jax.jit(lambda params: with_weights(params, nnx.State({}), optim), compiler_options=QUICKLY)
+            begin = jax.jit(lambda params: with_weights(params, nnx.State({}), optim))
             self.state = begin(weights)
             self.rows_ABU = put(BATCH.reshape(accumulation, B // accumulation, U), "ABU", self.devices)
-            step = jax.jit(steps.make_step(CFG, OBJECTIVE, optim, **settings, steps=4), compiler_options=QUICKLY)
+            step = jax.jit(steps.make_step(CFG, OBJECTIVE, optim, **settings, steps=4))
             self.step = step.lower(self.state, self.rows_ABU).compile()
 
     def __call__(self, batch_index: int) -> tuple[dict, nnx.State]:

@@ -17,7 +17,7 @@ from llm_jax.model.norms import Norm, inverse_rms
 from llm_jax.model.rope import angles, rotate
 from llm_jax.model.transformer import Transformer, abstract_model, logits, look_up
 from tests.reference import Reference
-from tests.small import CFG, QUICKLY, B, mesh_of, put, put_weights, ragged_rows, slowly, weights_of
+from tests.small import AS_SHIPPED, CFG, B, mesh_of, put, put_weights, ragged_rows, slowly, weights_of
 
 ROWS = ragged_rows(0)
 OTHER = CFG.model_copy(update={"mlp": "gelu", "qk_norm": False, "tied_embeddings": True, "logit_soft_cap": None})
@@ -36,7 +36,7 @@ def logits_of(cfg: ModelConfig, params: nnx.State, rows: np.ndarray, mesh: dict[
 
     with jax.set_mesh(devices):
         placed = put_weights(params, cfg, devices), put(rows, "BU", devices)
-        return np.asarray(jax.jit(forward, compiler_options=QUICKLY)(*placed))
+        return np.asarray(jax.jit(forward)(*placed))
 
 
 def difference(cfg: ModelConfig, mesh: dict[str, int]) -> float:
@@ -124,7 +124,7 @@ def test_the_model_has_as_many_parameters_as_its_config_says(mlp, tied, qk_norm)
 def test_init_has_the_declared_spread_and_residual_matrices_shrink_with_depth():
     cfg = ModelConfig(d_model=64, d_ff=128, n_layers=8, n_heads=4, n_kv_heads=2, d_head=32, vocab_size=1000)
     with jax.set_mesh(mesh_of()):
-        init = jax.jit(lambda key: nnx.split(Transformer(cfg, nnx.Rngs(params=key)))[1], compiler_options=QUICKLY)
+        init = jax.jit(lambda key: nnx.split(Transformer(cfg, nnx.Rngs(params=key)))[1])
         params = nnx.to_pure_dict(jax.device_get(init(jax.random.key(0))))
     layer = params["layers"]["0+1"]
     shrunk = 1 / math.sqrt(2 * cfg.n_layers)
@@ -151,7 +151,7 @@ def test_init_has_the_declared_spread_and_residual_matrices_shrink_with_depth():
 # LLVM may contract multiplications and additions, and differently in another loop: then the last bit is not the same.
 @pytest.mark.parametrize(
     ("options", "tolerance"),
-    [pytest.param(QUICKLY, 0, id="quickly"), pytest.param({}, 1e-6, marks=pytest.mark.slow, id="optimised")],
+    [pytest.param({}, 0, id="quickly"), pytest.param(AS_SHIPPED, 1e-6, marks=pytest.mark.slow, id="optimised")],
 )
 def test_init_is_the_same_on_every_mesh(options, tolerance):
     leaves = []
@@ -181,9 +181,7 @@ def test_look_up_is_indexing_and_adds_up_the_gradients_of_a_row(mesh):
 
     with jax.set_mesh(devices):
         table_VD = jax.device_put(table, jax.NamedSharding(devices, jax.P("tensor", "fsdp")))
-        x, gradient = jax.jit(both, compiler_options=QUICKLY)(
-            table_VD, put(tokens, "BT", devices), put(cotangent, "BTD", devices)
-        )
+        x, gradient = jax.jit(both)(table_VD, put(tokens, "BT", devices), put(cotangent, "BTD", devices))
     np.testing.assert_array_equal(x, table[tokens])
     expected = np.zeros_like(table)
     np.add.at(expected, tokens, cotangent)

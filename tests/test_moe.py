@@ -21,7 +21,7 @@ from llm_jax.model.moe import Moe, Routing, resolve_moe
 from llm_jax.model.paths import placed
 from llm_jax.model.weights import Balance
 from llm_jax.train.step import rebalanced
-from tests.small import QUICKLY, mesh_of, put, slowly
+from tests.small import mesh_of, put, slowly
 
 B, T, D, F, E, X = 8, 16, 16, 8, 8, 2
 TOLERANCE = 1e-6
@@ -141,7 +141,7 @@ def compiled(cfg: ModelConfig, mesh: Mesh, given: Inputs) -> jax.stages.Compiled
 
     arguments = laid_out(cfg, mesh, given)
     with jax.set_mesh(mesh):
-        return jax.jit(outcome).lower(*arguments).compile(QUICKLY)
+        return jax.jit(outcome).lower(*arguments).compile()
 
 
 @functools.cache
@@ -233,7 +233,7 @@ def loop(way: str) -> Any:
         return jnp.sum(y_BTD * dy_BTD) + LOAD_BALANCE * balance + ROUTER_Z * z, told
 
     with jax.set_mesh(mesh_of()):
-        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), compiler_options=QUICKLY)
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
 
 
 def score(logits_BTE: Array, moe: MoeConfig) -> Array:
@@ -378,7 +378,7 @@ def test_grouped_matmul_is_a_matmul_a_group(backend):
     x_RD, weight_EDF, dy_RF = (rng.normal(size=s).astype(np.float32) for s in ((R, 5), (4, 5, 3), (R, 3)))
     x_RD[sizes_E.sum() :] = 0
 
-    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    @jax.jit
     def both(x_RD: Array, weight_EDF: Array, dy_RF: Array) -> Any:
         y_RF, pull = jax.vjp(
             lambda x, weight: grouped_matmul(x, weight, jnp.asarray(sizes_E), backend, rows), x_RD, weight_EDF

@@ -11,7 +11,7 @@ from llm_jax.data.config import BOS_ID
 from llm_jax.model.config import ModelConfig, MoeConfig
 from llm_jax.model.transformer import Weights, abstract_model, logits
 from tests.invariance import MODELS, put_all
-from tests.small import QUICKLY, B, mesh_of, packed_row, put, slowly
+from tests.small import B, mesh_of, packed_row, put, slowly
 
 DROPLESS = MODELS["experts"]
 CHANGED = slice(18, 26)
@@ -32,7 +32,7 @@ def change_outside(cfg: ModelConfig, mesh: dict[str, int]) -> tuple[int, float]:
         return logits(model, x_BTD, cfg), {name: of.experts_LBTX for name, of in routing.items()}
 
     with jax.set_mesh(devices):
-        forward = jax.jit(seen, compiler_options=QUICKLY)
+        forward = jax.jit(seen)
         weights = put_all(cfg, devices)
         (before, chosen), (after, chosen_after) = (
             jax.device_get(forward(weights, put(r, "BU", devices))) for r in (rows, perturbed)

@@ -22,7 +22,7 @@ from llm_jax.train import state as state_module
 from llm_jax.train import step as step_module
 from llm_jax.train.state import TrainState, init_state, with_weights
 from llm_jax.train.step import divide, make_step
-from tests.small import CFG, QUICKLY, SETTINGS, B, U, mesh_of, put, put_weights, ragged_rows, slowly, weights_of
+from tests.small import CFG, SETTINGS, B, U, mesh_of, put, put_weights, ragged_rows, slowly, weights_of
 
 PEAK = 0.5
 
@@ -120,10 +120,10 @@ class Trainer:
     def __init__(self, optim: AdamWConfig, mesh: dict[str, int] | None = None, steps: int = 10):
         self.devices = mesh_of(**(mesh or {}))
         with jax.set_mesh(self.devices):
-            start = jax.jit(lambda params: with_weights(params, nnx.State({}), optim), compiler_options=QUICKLY)
+            start = jax.jit(lambda params: with_weights(params, nnx.State({}), optim))
             self.state = start(put_weights(weights_of(PLAIN), PLAIN, self.devices))
             step = make_step(PLAIN, CausalConfig(), optim, **SETTINGS, steps=steps)
-            self.step = jax.jit(step, compiler_options=QUICKLY)
+            self.step = jax.jit(step)
 
     def __call__(self, state: TrainState, rows: np.ndarray) -> tuple[TrainState, dict[str, np.ndarray]]:
         with jax.set_mesh(self.devices):

@@ -10,7 +10,7 @@ from llm_jax.model.paths import from_tree, placed, to_tree
 from llm_jax.model.transformer import abstract_model
 from llm_jax.optim.config import AdamWConfig
 from llm_jax.train.state import TrainState, abstract_state, with_weights
-from tests.small import CFG, QUICKLY, mesh_of, put_weights, weights_of
+from tests.small import CFG, mesh_of, put_weights, weights_of
 
 DEEP = CFG.model_copy(update={"n_layers": 11})
 OPTIM = AdamWConfig()
@@ -22,7 +22,7 @@ def state_on(mesh: jax.sharding.Mesh) -> TrainState:
     rng = np.random.default_rng(0)
     params = put_weights(weights_of(DEEP), DEEP, mesh)
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda params: with_weights(params, nnx.State({}), OPTIM), compiler_options=QUICKLY)(params)
+        state = jax.jit(lambda params: with_weights(params, nnx.State({}), OPTIM))(params)
 
     def filled(x: jax.Array) -> jax.Array:
         values = rng.integers(1, 1000, x.shape) if x.dtype == np.int32 else rng.normal(size=x.shape)
@@ -36,9 +36,7 @@ def difference(mesh: jax.sharding.Mesh) -> list[str]:
     state = state_on(mesh)
     with jax.set_mesh(mesh):
         like = abstract_state(DEEP, OPTIM)
-        back = jax.jit(lambda tree: from_tree(tree, like), compiler_options=QUICKLY)(
-            jax.jit(to_tree, compiler_options=QUICKLY)(state)
-        )
+        back = jax.jit(lambda tree: from_tree(tree, like))(jax.jit(to_tree)(state))
     assert jax.tree.structure(back) == jax.tree.structure(state)
     changed = []
     for (path, old), new in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(back), strict=True):
@@ -69,7 +67,7 @@ def test_what_is_promised_to_a_checkpoint_is_what_it_gets():
     """The abstract tree, which a restore asks for, has the shapes, types and places of the real one."""
     mesh = mesh_of(tensor=4, fsdp=2)
     with jax.set_mesh(mesh):
-        tree = jax.jit(to_tree, compiler_options=QUICKLY)(state_on(mesh))
+        tree = jax.jit(to_tree)(state_on(mesh))
         promised = placed(jax.eval_shape(to_tree, abstract_state(DEEP, OPTIM)), mesh)
     assert jax.tree.structure(tree) == jax.tree.structure(promised)
     for (path, got), wanted in zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(promised), strict=True):

@@ -27,7 +27,7 @@ from llm_jax.model.weights import project
 from llm_jax.objective import causal, loss
 from llm_jax.objective.config import CausalConfig
 from llm_jax.train.step import gradient_sums
-from tests.small import CFG, QUICKLY, B, U, deviation, mesh_of, put, put_weights, ragged_rows, slowly, weights_of
+from tests.small import CFG, B, U, deviation, mesh_of, put, put_weights, ragged_rows, slowly, weights_of
 
 NAMES = get_args(TensorName)
 POLICIES = ("elementwise", "dots", "full", ("q", "k", "v", "attention_out"), ("mlp_gate", "mlp_up"))
@@ -52,7 +52,7 @@ def gradient_and_loss(cfg: ModelConfig, mesh: dict[str, int]) -> tuple[nnx.State
     devices = mesh_of(**mesh)
     with jax.set_mesh(devices):
         arguments = put_weights(weights_of(CFG), cfg, devices), put(ragged_rows(0)[None], "ABU", devices)
-        gradient, loss = jax.jit(gradient_function(cfg), compiler_options=QUICKLY)(*arguments)
+        gradient, loss = jax.jit(gradient_function(cfg))(*arguments)
         return jax.device_get(gradient), float(loss)
 
 
