@@ -29,7 +29,8 @@ def leave_in_order(timeout_s: float = LEAVE_TIMEOUT_S) -> None:
     a collective gives no notice. Uses no device, and does not raise where the service is gone.
     """
     state = distributed.global_state
-    if state.client is None:
+    # It comes right after the connection; before that, the service ends a process that asks it anything.
+    if state.client is None or state.preemption_sync_manager is None:
         return
     try:
         if state.process_id > 0:

@@ -359,8 +359,8 @@ def test_a_hung_loader_is_named_with_its_phase(start: Start, tmp_path: Path) -> 
 def test_who_wakes_in_time_raises_no_alarm(start: Start, tmp_path: Path) -> None:
     """One process for less than the limit, then the other; and the whole job for longer, as `scontrol suspend` does."""
     run_dir = tmp_path / "run"
-    both = train_two(start, run_dir, *LONG, "train.steps=400", "watchdog.floor_s=5", "watchdog.grace_s=1")
-    for made, stopped, seconds in ((10, both[:1], 2), (100, both[1:], 2), (200, both, 9)):
+    both = train_two(start, run_dir, *LONG, "train.steps=160", "watchdog.floor_s=5", "watchdog.grace_s=1")
+    for made, stopped, seconds in ((10, both[:1], 2), (50, both[1:], 2), (90, both, 9)):
         wait_for(functools.partial(has_lines, run_dir, made), both[0])
         for running in stopped:
             running.process.send_signal(signal.SIGSTOP)
@@ -371,5 +371,5 @@ def test_who_wakes_in_time_raises_no_alarm(start: Start, tmp_path: Path) -> None
         done = running.wait(120)
         assert done.returncode == 0, done
         assert "stalled" not in done.stderr
-    assert len(steps_written(run_dir)) == 400
+    assert len(steps_written(run_dir)) == 160
     assert not stacks(run_dir)
